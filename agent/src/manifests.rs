@@ -1,0 +1,1 @@
+//! Manifests: YAML by the rules of kubectl, rendered for one release.

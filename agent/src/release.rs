@@ -1,0 +1,107 @@
+//! A release: image digests, the full set of rendered manifests and the smoke tests. The unit that goes live and that
+//! is put back.
+//!
+//! Pure: no IO, no async. Rendering is done by `manifests.rs`, applying by `cluster/apply.rs`.
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::pipeline::{FirstRelease, Rollback, SmokeTest, Verify};
+
+/// What one environment is to look like. Stored before the first mutation of the cluster.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Release {
+    /// The store's number; 0 until it is stored.
+    #[serde(default)]
+    pub id: i64,
+    pub environment: String,
+    pub build_id: i64,
+    pub commit: String,
+    /// `PREFIX/NAME@sha256:…`, the image that was built.
+    pub image: String,
+    pub namespace: String,
+    /// Every object, rendered, in the order in which it is applied.
+    pub objects: Vec<serde_json::Value>,
+    pub smoke_tests: Vec<SmokeTest>,
+    pub verify: Verify,
+    pub rollback: Rollback,
+    pub first_release: FirstRelease,
+    /// Hash of `objects` before build, commit and change-cause are written into them.
+    pub set_hash: String,
+}
+
+/// One object as it was applied.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AppliedObject {
+    pub api_version: String,
+    pub kind: String,
+    /// Empty for a kind that has none.
+    pub namespace: String,
+    pub name: String,
+    pub uid: String,
+    /// `metadata.generation` after our apply; 0 where the kind has none.
+    pub generation: i64,
+    pub change: Change,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Change {
+    Created,
+    Changed,
+    Unchanged,
+}
+
+impl AppliedObject {
+    /// `deployment/hello-axum`, as kubectl names it.
+    pub fn display_name(&self) -> String {
+        format!("{}/{}", self.kind.to_lowercase(), self.name)
+    }
+}
+
+/// Stable hash of JSON values, independent of the order of keys: 64 hex digits.
+pub fn hash(values: &[serde_json::Value]) -> String {
+    let mut hasher = Sha256::new();
+    for value in values {
+        hasher.update(canonical(value).as_bytes());
+        hasher.update(b"\n");
+    }
+    hex::encode(hasher.finalize())
+}
+
+/// JSON text with the keys of every object sorted.
+fn canonical(value: &serde_json::Value) -> String {
+    use serde_json::Value;
+    match value {
+        Value::Object(map) => {
+            let mut keys: Vec<_> = map.iter().collect();
+            keys.sort_by_key(|(key, _)| key.as_str());
+            let members: Vec<_> = keys
+                .into_iter()
+                .map(|(key, value)| format!("{}:{}", Value::from(key.as_str()), canonical(value)))
+                .collect();
+            format!("{{{}}}", members.join(","))
+        }
+        Value::Array(items) => format!(
+            "[{}]",
+            items.iter().map(canonical).collect::<Vec<_>>().join(",")
+        ),
+        scalar => scalar.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn the_hash_does_not_depend_on_the_order_of_keys() {
+        assert_eq!(
+            hash(&[json!({"a": 1, "b": [1, 2]})]),
+            hash(&[json!({"b": [1, 2], "a": 1})])
+        );
+        assert_ne!(hash(&[json!({"b": [2, 1]})]), hash(&[json!({"b": [1, 2]})]));
+    }
+}

@@ -1,0 +1,1 @@
+//! Checkout: the mirror, the commit, the tree.

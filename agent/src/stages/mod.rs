@@ -1,0 +1,163 @@
+//! The stages of a build, one file each, and the batons that they hand on.
+//!
+//! A stage does its work, writes to its log and returns its baton. It never names another stage, the queue, the store
+//! or GitHub, and it knows nothing of crashes: `runner.rs` holds all control flow between stages.
+
+pub mod checkout;
+pub mod context;
+pub mod deploy;
+pub mod image;
+pub mod smoke_test;
+pub mod test;
+pub mod verify;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
+
+use crate::build_log::StageLog;
+use crate::builds::{Build, Cause};
+use crate::config::{Docker, Environment};
+use crate::pipeline::Pipeline;
+use crate::release::AppliedObject;
+
+/// What every stage is given.
+#[derive(Clone, Copy)]
+pub struct Scope<'a> {
+    pub build: &'a Build,
+    pub environment: &'a Environment,
+    pub docker: &'a Docker,
+    /// Bare mirrors, one a repository, shared by all builds of this agent.
+    pub mirrors: &'a Path,
+    /// This build's own folder; removed when the build has ended.
+    pub work: &'a Path,
+    /// Lines for the author of the push.
+    pub log: &'a StageLog,
+    /// Canceled by a person, a newer push or the agent's end; every wait listens to it.
+    pub cancel: &'a CancellationToken,
+}
+
+/// Why a stage did not pass. A red build is an outcome, not our error.
+#[derive(Debug)]
+pub enum StageError {
+    /// The commit, its tests or its release are at fault.
+    Failed(Cause),
+    /// A limit of pipeline.yaml or agent.yaml ran out; ends as `failed` with cause `time_out`.
+    TimedOut(Cause),
+    /// `Scope::cancel` fired.
+    Canceled,
+    /// We could not do our work: Docker, the cluster or this agent. Ends as `errored`.
+    Agent(anyhow::Error),
+}
+
+pub type StageResult<T> = Result<T, StageError>;
+
+impl From<anyhow::Error> for StageError {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Agent(error)
+    }
+}
+
+impl StageError {
+    pub fn failed(id: &str, sentence: impl Into<String>) -> Self {
+        Self::Failed(Cause::new(id, sentence))
+    }
+
+    pub fn timed_out(what: &str, limit: Duration) -> Self {
+        Self::TimedOut(Cause::new(
+            "time_out",
+            format!("{what} took longer than {} s", limit.as_secs()),
+        ))
+    }
+}
+
+/// Runs `work` until it ends, the limit runs out, or the build is canceled; dropping `work` must end it.
+pub async fn limited<T>(
+    scope: &Scope<'_>,
+    what: &str,
+    limit: Duration,
+    work: impl Future<Output = StageResult<T>>,
+) -> StageResult<T> {
+    tokio::select! {
+        biased;
+        () = scope.cancel.cancelled() => Err(StageError::Canceled),
+        result = tokio::time::timeout(limit, work) => result.unwrap_or_else(|_| Err(StageError::timed_out(what, limit))),
+    }
+}
+
+/// Checkout's baton: the commit's tree on disk, and the pipeline that it holds.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CheckedOut {
+    pub commit: String,
+    /// Seconds since 1970; the time of every file in the build context, so that caches hold.
+    pub commit_time: i64,
+    pub title: String,
+    pub author: String,
+    pub tree: PathBuf,
+    pub pipeline: Pipeline,
+}
+
+/// Image's baton.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Built {
+    /// `PREFIX/NAME`, less tag and digest.
+    pub repository: String,
+    /// `PREFIX/NAME:COMMIT`.
+    pub tag: String,
+    /// `sha256:…`, as the registry answered.
+    pub digest: String,
+    /// The other digests that mean the same image: the engine's image id (digest of the configuration).
+    pub config_digest: String,
+}
+
+impl Built {
+    /// What the cluster is given: `PREFIX/NAME@sha256:…`.
+    pub fn reference(&self) -> String {
+        format!("{}@{}", self.repository, self.digest)
+    }
+}
+
+/// Test's baton.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tested {
+    /// Name and milliseconds of each test container that passed.
+    pub passed: Vec<(String, i64)>,
+}
+
+/// Deploy's first half: the release's row is committed, nothing is changed yet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Planned {
+    pub release_id: i64,
+}
+
+/// Deploy's baton: the set is applied.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Applied {
+    pub release_id: i64,
+    pub objects: Vec<AppliedObject>,
+}
+
+impl Applied {
+    pub fn changed_nothing(&self) -> bool {
+        self.objects
+            .iter()
+            .all(|object| object.change == crate::release::Change::Unchanged)
+    }
+}
+
+/// Verify's baton: the rollout is complete.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RolledOut {
+    pub release_id: i64,
+    /// Workload (`deployment/hello-axum`) and its revision.
+    pub revisions: Vec<(String, String)>,
+}
+
+/// Smoke test's baton: the release is live.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Live {
+    pub release_id: i64,
+    pub requests: u64,
+}

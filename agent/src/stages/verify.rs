@@ -1,0 +1,1 @@
+//! Verify: watch the rollout.

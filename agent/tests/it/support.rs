@@ -1,0 +1,88 @@
+//! What tests share: the real cluster, registry and engine that `make test` has set up, and waiting for a condition.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// A variable that `make test` sets; a test without its surroundings fails and never skips.
+pub fn setting(name: &str) -> String {
+    std::env::var(name).unwrap_or_else(|_| {
+        panic!(
+            "{name} is not set: run these tests by `make test`, or `dev/test NAME` for some of them"
+        )
+    })
+}
+
+pub fn kubeconfig() -> PathBuf {
+    PathBuf::from(setting("LANDFALL_TEST_KUBECONFIG"))
+}
+
+/// The registry of the test cluster, as host and cluster both call it: `localhost:5002`.
+pub fn registry() -> String {
+    setting("LANDFALL_TEST_REGISTRY")
+}
+
+/// A small image that is in the registry already, by digest: it has a shell and the usual tools (busybox).
+pub fn busybox() -> String {
+    setting("LANDFALL_TEST_BUSYBOX")
+}
+
+/// Runs kubectl as the cluster's admin; panics with what it said when it fails.
+pub fn kubectl(arguments: &[&str]) -> String {
+    let output = Command::new(setting("LANDFALL_TEST_KUBECTL"))
+        .arg("--kubeconfig")
+        .arg(kubeconfig())
+        .args(arguments)
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "kubectl {arguments:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// A namespace of one test's own, removed with it.
+pub struct Namespace(pub String);
+
+impl Namespace {
+    pub fn new(name: &str) -> Self {
+        let unique = format!(
+            "{name}-{:x}",
+            std::process::id() ^ (Instant::now().elapsed().subsec_nanos())
+        );
+        kubectl(&["create", "namespace", &unique]);
+        Self(unique)
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = Command::new(setting("LANDFALL_TEST_KUBECTL"))
+            .arg("--kubeconfig")
+            .arg(kubeconfig())
+            .args(["delete", "namespace", "--wait=false", &self.0])
+            .output();
+    }
+}
+
+/// Asks again until there is an answer; panics with `what` after the limit.
+pub async fn eventually<T>(
+    what: &str,
+    limit: Duration,
+    mut ask: impl AsyncFnMut() -> Option<T>,
+) -> T {
+    let begun = Instant::now();
+    loop {
+        if let Some(answer) = ask().await {
+            return answer;
+        }
+        assert!(
+            begun.elapsed() < limit,
+            "after {} s still not: {what}",
+            limit.as_secs()
+        );
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
