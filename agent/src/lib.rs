@@ -14,4 +14,6 @@ pub mod git_tree;
 pub mod manifests;
 pub mod pipeline;
 pub mod release;
+pub mod server;
 pub mod stages;
+pub mod store;
