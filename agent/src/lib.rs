@@ -11,4 +11,7 @@ pub mod diagnostic;
 pub mod manifests;
 pub mod pipeline;
 pub mod release;
+pub mod render;
 pub mod stages;
+pub mod yaml;
+pub mod yaml_scalar;
