@@ -5,15 +5,21 @@
 
 pub mod build_log;
 pub mod builds;
+pub mod cli;
+pub mod client;
 pub mod cluster;
 pub mod config;
 pub mod diagnostic;
 pub mod git_child;
 pub mod git_process;
 pub mod git_tree;
+pub mod github;
 pub mod manifests;
 pub mod pipeline;
 pub mod release;
+pub mod render;
 pub mod server;
 pub mod stages;
 pub mod store;
+pub mod yaml;
+pub mod yaml_scalar;
