@@ -1,3 +1,6 @@
 //! Landfall from outside, on real Docker, a real cluster and real git. `make test` sets up what these need.
 
 mod support;
+mod cli;
+mod fake_github;
+mod github;
