@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2034
 # What the scripts in dev/ share: where things are kept, how to talk, how to fail, free ports.
 # Sourced, never run. Talk goes to stderr: stdout belongs to what a script answers.
 
@@ -24,6 +25,7 @@ fail_with_log() {
 
 have() { command -v "$1" > /dev/null; }
 is_root() { [ "$(id -u)" = 0 ]; }
+has_image() { docker image inspect "$1" > /dev/null 2>&1; }
 docker_answers() { timeout 10 docker version --format '{{.Server.Version}}' 2> /dev/null; }
 
 # install PACKAGE...: by apt where we are root, else says what to install.
