@@ -8,6 +8,7 @@ pub mod builds;
 pub mod cluster;
 pub mod config;
 pub mod diagnostic;
+pub mod manifest_files;
 pub mod manifests;
 pub mod pipeline;
 pub mod release;
