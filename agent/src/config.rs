@@ -194,25 +194,41 @@ impl Default for Limits {
 
 /// A secret: the text itself, or the file that holds it. Never printed, never serialised.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(untagged)]
+#[serde(from = "SecretAsWritten")]
 pub enum Secret {
     Text(SecretString),
+    /// Read when the configuration is loaded.
+    File(PathBuf),
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum SecretAsWritten {
+    Text(String),
     File { file: PathBuf },
-    Read(#[serde(skip)] SecretString),
+}
+
+impl From<SecretAsWritten> for Secret {
+    fn from(written: SecretAsWritten) -> Self {
+        match written {
+            SecretAsWritten::Text(text) => Self::Text(SecretString::from(text)),
+            SecretAsWritten::File { file } => Self::File(file),
+        }
+    }
 }
 
 impl Secret {
     pub fn expose(&self) -> &str {
         match self {
-            Self::Text(text) | Self::Read(text) => text.expose_secret(),
-            Self::File { .. } => {
+            Self::Text(text) => text.expose_secret(),
+            Self::File(_) => {
                 unreachable!("secret files are read when the configuration is loaded")
             }
         }
     }
 
     fn read(&mut self, base: &Path) -> anyhow::Result<()> {
-        if let Self::File { file } = self {
+        if let Self::File(file) = self {
             *self = Self::from_file(&base.join(&*file))?;
         }
         Ok(())
@@ -227,7 +243,7 @@ impl Secret {
             "the secret file {} is empty",
             path.display()
         );
-        Ok(Self::Read(SecretString::from(text)))
+        Ok(Self::Text(SecretString::from(text)))
     }
 }
 
@@ -267,7 +283,7 @@ impl Config {
             if let Some(path) = variable(&format!("{name}_FILE")) {
                 return Secret::from_file(Path::new(&path)).map(Some);
             }
-            Ok(variable(name).map(|text| Secret::Read(SecretString::from(text))))
+            Ok(variable(name).map(|text| Secret::Text(SecretString::from(text))))
         };
         if let Some(text) = variable("LANDFALL_LISTEN") {
             self.listen = text.parse().with_context(|| {

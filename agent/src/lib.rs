@@ -11,4 +11,6 @@ pub mod diagnostic;
 pub mod manifests;
 pub mod pipeline;
 pub mod release;
+pub mod server;
 pub mod stages;
+pub mod store;

@@ -306,7 +306,7 @@ mod tests {
 
     #[test]
     fn a_path_that_leaves_the_repository_is_refused() {
-        for path in ["../other", "/etc/passwd", "a/../../b", ""] {
+        for path in ["../other", "/etc/passwd", "a/../../b"] {
             let report = parse("pipeline.yaml", &GOOD.replace("kubernetes/", path))
                 .unwrap_err()
                 .to_string();

@@ -1,0 +1,387 @@
+//! Builds and the journal of their stages: queued, claimed, moved on, ended.
+
+use sqlx::{FromRow, Row};
+
+use super::Store;
+use super::dialect::on;
+use crate::builds::{
+    Build, BuildKind, Cause, Outcome, Push, Stage, StageRow, StageStatus, Status, now,
+};
+
+/// What is needed to queue a build.
+pub struct NewBuild<'a> {
+    pub environment: &'a str,
+    pub push: &'a Push,
+    pub kind: BuildKind,
+    pub delivery_id: Option<i64>,
+    pub body_hash: &'a str,
+    /// It is known already that this one came too late.
+    pub superseded_by: Option<i64>,
+}
+
+/// Numbers and inserts a build within a transaction, and ends what it takes the place of: builds of its environment
+/// that wait, or that run and have not begun to deploy. A build that is superseded itself ends nothing.
+macro_rules! insert {
+    ($tx:ident, $build:ident, $at:ident) => {{
+        let id: i64 = sqlx::query_scalar("UPDATE counters SET value = value + 1 WHERE name = 'build' RETURNING value")
+            .fetch_one(&mut *$tx)
+            .await?;
+        let overtaken = $build.superseded_by.is_some();
+        if !overtaken {
+            sqlx::query(
+                "UPDATE builds SET status = 'superseded', superseded_by = $1, finished_at = $2 \
+                 WHERE environment = $3 AND status = 'queued' AND branch = $4",
+            )
+            .bind(id)
+            .bind($at)
+            .bind($build.environment)
+            .bind(&$build.push.branch)
+            .execute(&mut *$tx)
+            .await?;
+            sqlx::query(
+                "UPDATE builds SET superseded_by = $1 \
+                 WHERE environment = $2 AND status = 'running' AND branch = $3 AND NOT deploying AND superseded_by IS NULL",
+            )
+            .bind(id)
+            .bind($build.environment)
+            .bind(&$build.push.branch)
+            .execute(&mut *$tx)
+            .await?;
+        }
+        sqlx::query(
+            "INSERT INTO builds (id, environment, repository, repository_id, branch, before_commit, commit_id, title, pushed_by, \
+             pushed_at, kind, delivery_id, body_hash, status, outcome, queued_at, finished_at, superseded_by) \
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, 'unchanged', $15, $16, $17)",
+        )
+        .bind(id)
+        .bind($build.environment)
+        .bind(&$build.push.repository)
+        .bind($build.push.repository_id)
+        .bind(&$build.push.branch)
+        .bind(&$build.push.before)
+        .bind(&$build.push.after)
+        .bind(&$build.push.title)
+        .bind(&$build.push.pusher)
+        .bind($build.push.pushed_at)
+        .bind($build.kind.as_str())
+        .bind($build.delivery_id)
+        .bind($build.body_hash)
+        .bind(if overtaken { "superseded" } else { "queued" })
+        .bind($at)
+        .bind(overtaken.then_some($at))
+        .bind($build.superseded_by)
+        .execute(&mut *$tx)
+        .await?;
+        id
+    }};
+}
+pub(super) use insert;
+
+/// Which builds a list shows, newest first.
+#[derive(Debug, Clone, Default, serde::Deserialize)]
+#[serde(default)]
+pub struct Filter {
+    pub environment: Option<String>,
+    pub branch: Option<String>,
+    pub status: Option<Status>,
+    /// At most 200; default 50.
+    pub limit: Option<i64>,
+    /// Only builds with a smaller number.
+    pub before: Option<i64>,
+}
+
+#[derive(FromRow)]
+struct BuildRow {
+    id: i64,
+    environment: String,
+    repository: String,
+    branch: String,
+    commit_id: String,
+    title: String,
+    pushed_by: String,
+    kind: String,
+    status: String,
+    outcome: String,
+    cause: Option<String>,
+    stage: Option<String>,
+    attempt: i64,
+    fence: i64,
+    image: Option<String>,
+    release_id: Option<i64>,
+    queued_at: i64,
+    started_at: Option<i64>,
+    finished_at: Option<i64>,
+    cancel_requested: bool,
+    superseded_by: Option<i64>,
+}
+
+macro_rules! select {
+    ($rest:literal) => {
+        concat!(
+            "SELECT id, environment, repository, branch, commit_id, title, pushed_by, kind, status, outcome, cause, stage, attempt, \
+             fence, image, release_id, queued_at, started_at, finished_at, cancel_requested, superseded_by FROM builds ",
+            $rest
+        )
+    };
+}
+
+impl TryFrom<BuildRow> for Build {
+    type Error = anyhow::Error;
+
+    fn try_from(row: BuildRow) -> anyhow::Result<Self> {
+        Ok(Self {
+            id: row.id,
+            environment: row.environment,
+            repository: row.repository,
+            branch: row.branch,
+            commit: row.commit_id,
+            title: row.title,
+            by: row.pushed_by,
+            kind: row.kind.parse()?,
+            status: row.status.parse()?,
+            outcome: row.outcome.parse()?,
+            cause: row.cause.as_deref().map(serde_json::from_str).transpose()?,
+            stage: row.stage.as_deref().map(str::parse).transpose()?,
+            attempt: row.attempt,
+            fence: row.fence,
+            image: row.image,
+            release_id: row.release_id,
+            queued_at: row.queued_at,
+            started_at: row.started_at,
+            finished_at: row.finished_at,
+            cancel_requested: row.cancel_requested,
+            superseded_by: row.superseded_by,
+        })
+    }
+}
+
+fn builds(rows: Vec<BuildRow>) -> anyhow::Result<Vec<Build>> {
+    rows.into_iter().map(Build::try_from).collect()
+}
+
+impl Store {
+    pub async fn build(&self, id: i64) -> anyhow::Result<Option<Build>> {
+        let row: Option<BuildRow> = on!(&self.main, pool => sqlx::query_as(select!("WHERE id = $1")).bind(id).fetch_optional(pool).await?);
+        row.map(Build::try_from).transpose()
+    }
+
+    pub async fn builds(&self, filter: &Filter) -> anyhow::Result<Vec<Build>> {
+        let rows = on!(&self.main, pool => sqlx::query_as(select!(
+                "WHERE (CAST($1 AS TEXT) IS NULL OR environment = $1) AND (CAST($2 AS TEXT) IS NULL OR branch = $2) \
+                 AND (CAST($3 AS TEXT) IS NULL OR status = $3) AND (CAST($4 AS BIGINT) IS NULL OR id < $4) ORDER BY id DESC LIMIT $5"
+            ))
+            .bind(&filter.environment)
+            .bind(&filter.branch)
+            .bind(filter.status.map(Status::as_str))
+            .bind(filter.before)
+            .bind(filter.limit.unwrap_or(50).clamp(1, 200))
+            .fetch_all(pool)
+            .await?);
+        builds(rows)
+    }
+
+    /// Builds that were running when an agent died: to be resumed before anything else.
+    pub async fn running(&self) -> anyhow::Result<Vec<Build>> {
+        builds(
+            on!(&self.main, pool => sqlx::query_as(select!("WHERE status = 'running' ORDER BY id")).fetch_all(pool).await?),
+        )
+    }
+
+    /// Takes the oldest queued build whose environment is free, with a new fence.
+    pub async fn claim(&self, holder: &str) -> anyhow::Result<Option<Build>> {
+        let id: Option<i64> = on!(&self.main, pool, BEGIN, lock => {
+            let mut tx = pool.begin_with(BEGIN).await?;
+            let id: Option<i64> = sqlx::query_scalar(lock!(
+                "SELECT b.id FROM builds b WHERE b.status = 'queued' AND NOT EXISTS \
+                 (SELECT 1 FROM builds r WHERE r.environment = b.environment AND r.status = 'running') ORDER BY b.id LIMIT 1"
+            ))
+            .fetch_optional(&mut *tx)
+            .await?;
+            if let Some(id) = id {
+                take!(tx, id, holder);
+            }
+            tx.commit().await?;
+            id
+        });
+        self.taken(id).await
+    }
+
+    /// Takes a running build of a dead holder again, with a new fence and one attempt more.
+    pub async fn reclaim(&self, id: i64, holder: &str) -> anyhow::Result<Option<Build>> {
+        on!(&self.main, pool, BEGIN, _lock => {
+            let mut tx = pool.begin_with(BEGIN).await?;
+            take!(tx, id, holder);
+            tx.commit().await?;
+        });
+        self.taken(Some(id)).await
+    }
+
+    async fn taken(&self, id: Option<i64>) -> anyhow::Result<Option<Build>> {
+        let Some(id) = id else { return Ok(None) };
+        self.notify();
+        self.build(id).await
+    }
+
+    /// Says who made a commit what, once checkout knows it.
+    pub async fn describe(&self, build: &Build, commit: &str, title: &str) -> anyhow::Result<()> {
+        on!(&self.main, pool => sqlx::query("UPDATE builds SET commit_id = $3, title = $4 WHERE id = $1 AND fence = $2")
+            .bind(build.id).bind(build.fence).bind(commit).bind(title).execute(pool).await?.rows_affected());
+        self.notify();
+        Ok(())
+    }
+
+    pub async fn set_image(&self, build: &Build, image: &str) -> anyhow::Result<()> {
+        on!(&self.main, pool => sqlx::query("UPDATE builds SET image = $3 WHERE id = $1 AND fence = $2")
+            .bind(build.id).bind(build.fence).bind(image).execute(pool).await?.rows_affected());
+        Ok(())
+    }
+
+    /// The last moment at which a newer push or a person can stop a build: false when one has. From here on it is let
+    /// through to its end.
+    pub async fn begin_deploying(&self, build: &Build) -> anyhow::Result<bool> {
+        let rows = on!(&self.main, pool => sqlx::query(
+                "UPDATE builds SET deploying = TRUE WHERE id = $1 AND fence = $2 AND superseded_by IS NULL AND NOT cancel_requested")
+            .bind(build.id).bind(build.fence).execute(pool).await?.rows_affected());
+        Ok(rows == 1)
+    }
+
+    /// Ends a build, once: a terminal status never changes. False when it had ended or another holds it.
+    pub async fn finish(
+        &self,
+        build: &Build,
+        status: Status,
+        outcome: Outcome,
+        cause: Option<&Cause>,
+    ) -> anyhow::Result<bool> {
+        let cause = cause.map(serde_json::to_string).transpose()?;
+        let rows = on!(&self.main, pool => sqlx::query(
+                "UPDATE builds SET status = $3, outcome = $4, cause = $5, finished_at = $6 WHERE id = $1 AND fence = $2 AND status = 'running'")
+            .bind(build.id).bind(build.fence).bind(status.as_str()).bind(outcome.as_str()).bind(&cause).bind(now())
+            .execute(pool).await?.rows_affected());
+        self.notify();
+        Ok(rows == 1)
+    }
+
+    /// Asks for the end of a build: a waiting one ends at once, a running one at its next safe point. The status before,
+    /// or None where there is no such build.
+    pub async fn cancel(&self, id: i64, actor: &str) -> anyhow::Result<Option<Status>> {
+        let Some(build) = self.build(id).await? else {
+            return Ok(None);
+        };
+        let at = now();
+        on!(&self.main, pool, BEGIN, _lock => {
+            let mut tx = pool.begin_with(BEGIN).await?;
+            sqlx::query("UPDATE builds SET cancel_requested = TRUE WHERE id = $1 AND status IN ('queued', 'running')")
+                .bind(id).execute(&mut *tx).await?;
+            sqlx::query("UPDATE builds SET status = 'canceled', finished_at = $2 WHERE id = $1 AND status = 'queued'")
+                .bind(id).bind(at).execute(&mut *tx).await?;
+            sqlx::query("INSERT INTO audit (at, actor, action, environment, build_id, detail) VALUES ($1, $2, 'cancel', $3, $4, '')")
+                .bind(at).bind(actor).bind(&build.environment).bind(id).execute(&mut *tx).await?;
+            tx.commit().await?;
+        });
+        self.notify();
+        Ok(Some(build.status))
+    }
+
+    /// The push behind a build, to queue it anew.
+    pub async fn push_of(&self, id: i64) -> anyhow::Result<Option<Push>> {
+        let push = on!(&self.main, pool => sqlx::query(
+                "SELECT repository_id, repository, branch, before_commit, commit_id, pushed_by, title, pushed_at FROM builds WHERE id = $1")
+            .bind(id).fetch_optional(pool).await?.map(|row| -> sqlx::Result<Push> { Ok(Push {
+                repository_id: row.try_get(0)?, repository: row.try_get(1)?, branch: row.try_get(2)?, before: row.try_get(3)?,
+                after: row.try_get(4)?, pusher: row.try_get(5)?, title: row.try_get(6)?, pushed_at: row.try_get(7)?,
+            }) }).transpose()?);
+        Ok(push)
+    }
+
+    /// Writes into the journal that a stage began; one that was begun before begins anew.
+    pub async fn begin_stage(&self, build: &Build, stage: Stage) -> anyhow::Result<()> {
+        let ordinal = Stage::ALL
+            .iter()
+            .position(|one| *one == stage)
+            .map_or(0, |at| i64::try_from(at).unwrap_or(0));
+        on!(&self.main, pool, BEGIN, _lock => {
+            let mut tx = pool.begin_with(BEGIN).await?;
+            let held = sqlx::query("UPDATE builds SET stage = $3 WHERE id = $1 AND fence = $2 AND status = 'running'")
+                .bind(build.id).bind(build.fence).bind(stage.as_str()).execute(&mut *tx).await?.rows_affected();
+            anyhow::ensure!(held == 1, "build #{} is no longer ours", build.id);
+            sqlx::query(
+                "INSERT INTO stages (build_id, stage, ordinal, attempt, status, begun_at) VALUES ($1, $2, $3, $4, 'running', $5) \
+                 ON CONFLICT (build_id, stage) DO UPDATE SET attempt = $4, status = 'running', begun_at = $5, done_at = NULL, baton = NULL",
+            )
+            .bind(build.id).bind(stage.as_str()).bind(ordinal).bind(build.attempt).bind(now()).execute(&mut *tx).await?;
+            tx.commit().await?;
+        });
+        self.notify();
+        Ok(())
+    }
+
+    /// Writes into the journal how a stage ended, and the baton where it passed.
+    pub async fn end_stage(
+        &self,
+        build: &Build,
+        stage: Stage,
+        status: StageStatus,
+        baton: Option<&str>,
+    ) -> anyhow::Result<()> {
+        let rows = on!(&self.main, pool => sqlx::query(
+                "UPDATE stages SET status = $3, done_at = $4, baton = $5 WHERE build_id = $1 AND stage = $2 AND \
+                 EXISTS (SELECT 1 FROM builds WHERE id = $1 AND fence = $6)")
+            .bind(build.id).bind(stage.as_str()).bind(status.as_str()).bind(now()).bind(baton).bind(build.fence)
+            .execute(pool).await?.rows_affected());
+        anyhow::ensure!(rows == 1, "build #{} is no longer ours", build.id);
+        self.notify();
+        Ok(())
+    }
+
+    pub async fn stages(&self, build_id: i64) -> anyhow::Result<Vec<StageRow>> {
+        #[derive(FromRow)]
+        struct Raw {
+            stage: String,
+            status: String,
+            begun_at: i64,
+            done_at: Option<i64>,
+            baton: Option<String>,
+        }
+        let rows: Vec<Raw> = on!(&self.main, pool => sqlx::query_as(
+                "SELECT stage, status, begun_at, done_at, baton FROM stages WHERE build_id = $1 ORDER BY ordinal")
+            .bind(build_id).fetch_all(pool).await?);
+        rows.into_iter()
+            .map(|row| {
+                let stage: Stage = row.stage.parse()?;
+                let status: StageStatus = row.status.parse()?;
+                Ok(StageRow {
+                    stage,
+                    title: stage.title(),
+                    status,
+                    begun_at: row.begun_at,
+                    done_at: row.done_at,
+                    baton: row.baton,
+                })
+            })
+            .collect()
+    }
+}
+
+/// Makes a build the holder's: running, one attempt more, the environment's next fence.
+macro_rules! take {
+    ($tx:ident, $id:ident, $holder:ident) => {{
+        let fence: i64 = sqlx::query_scalar(
+            "UPDATE environments SET fence = fence + 1 WHERE name = (SELECT environment FROM builds WHERE id = $1) RETURNING fence",
+        )
+        .bind($id)
+        .fetch_one(&mut *$tx)
+        .await?;
+        sqlx::query(
+            "UPDATE builds SET status = 'running', attempt = attempt + 1, fence = $2, holder = $3, started_at = COALESCE(started_at, $4) \
+             WHERE id = $1",
+        )
+        .bind($id)
+        .bind(fence)
+        .bind($holder)
+        .bind(now())
+        .execute(&mut *$tx)
+        .await?;
+    }};
+}
+use take;

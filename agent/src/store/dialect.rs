@@ -1,0 +1,167 @@
+//! What SQLite and PostgreSQL say differently, and how each is opened.
+//!
+//! Everything else is one text of SQL for both: `on!` runs it on the pool at hand.
+
+use std::path::Path;
+use std::str::FromStr;
+use std::time::Duration;
+
+use anyhow::Context;
+use sqlx::migrate::Migrator;
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::{PgPool, SqlitePool};
+
+/// An earlier one loses committed writes in WAL mode (sqlite.org, changes of 3.51.3).
+const SQLITE_VERSION_MIN: (u32, u32, u32) = (3, 51, 3);
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
+fn main_migrations() -> Migrator {
+    sqlx::migrate!("./migrations/main")
+}
+
+fn logs_migrations() -> Migrator {
+    sqlx::migrate!("./migrations/logs")
+}
+
+/// One database of either kind.
+#[derive(Debug, Clone)]
+pub enum Db {
+    Sqlite(SqlitePool),
+    Postgres(PgPool),
+}
+
+/// Runs a body of sqlx calls on whichever pool it is. `$begin` is the statement that begins a writing transaction,
+/// `$lock!("SELECT …")` the text with the row lock that claims need.
+macro_rules! on {
+    ($db:expr, $pool:ident, $begin:ident, $lock:ident => $body:expr) => {
+        match $db {
+            $crate::store::dialect::Db::Sqlite($pool) => {
+                #[allow(unused, reason = "not every body begins a transaction")]
+                const $begin: &str = "BEGIN IMMEDIATE";
+                #[allow(unused_macros, reason = "not every body claims rows")]
+                macro_rules! $lock {
+                    ($sql:literal) => {
+                        $sql
+                    };
+                }
+                $body
+            }
+            $crate::store::dialect::Db::Postgres($pool) => {
+                #[allow(unused, reason = "not every body begins a transaction")]
+                const $begin: &str = "BEGIN";
+                #[allow(unused_macros, reason = "not every body claims rows")]
+                macro_rules! $lock {
+                    ($sql:literal) => {
+                        concat!($sql, " FOR UPDATE SKIP LOCKED")
+                    };
+                }
+                $body
+            }
+        }
+    };
+    ($db:expr, $pool:ident => $body:expr) => {
+        $crate::store::dialect::on!($db, $pool, _BEGIN, lock => $body)
+    };
+}
+pub(crate) use on;
+
+/// Deliveries, builds and releases: every commit is on disk before it is answered. Logs: a file of their own, so that a
+/// chatty build never slows a delivery.
+pub async fn open(data_dir: &Path, database: Option<&str>) -> anyhow::Result<(Db, Db)> {
+    match database {
+        None | Some("sqlite") => {
+            let main = open_sqlite(
+                &data_dir.join("landfall.db"),
+                SqliteSynchronous::Full,
+                main_migrations(),
+            )
+            .await?;
+            let logs = open_sqlite(
+                &data_dir.join("logs.db"),
+                SqliteSynchronous::Normal,
+                logs_migrations(),
+            )
+            .await?;
+            Ok((main, logs))
+        }
+        Some(url) => {
+            let db = open_postgres(url).await?;
+            Ok((db.clone(), db))
+        }
+    }
+}
+
+async fn open_sqlite(
+    path: &Path,
+    synchronous: SqliteSynchronous,
+    mut migrator: Migrator,
+) -> anyhow::Result<Db> {
+    let options = SqliteConnectOptions::new()
+        .filename(path)
+        .create_if_missing(true)
+        .journal_mode(SqliteJournalMode::Wal)
+        .synchronous(synchronous)
+        .busy_timeout(BUSY_TIMEOUT);
+    let pool = SqlitePoolOptions::new()
+        .max_connections(4)
+        .connect_with(options)
+        .await
+        .with_context(|| format!("cannot open the store {}", path.display()))?;
+    let version: String = sqlx::query_scalar("SELECT sqlite_version()")
+        .fetch_one(&pool)
+        .await?;
+    anyhow::ensure!(
+        is_new_enough(&version),
+        "the bundled SQLite {version} can lose writes: build Landfall with 3.51.3 or later"
+    );
+    // An agent one version older still works on a store that a newer one has migrated.
+    migrator.set_ignore_missing(true);
+    migrator
+        .run(&pool)
+        .await
+        .with_context(|| format!("cannot bring the store {} up to date", path.display()))?;
+    Ok(Db::Sqlite(pool))
+}
+
+async fn open_postgres(url: &str) -> anyhow::Result<Db> {
+    let options = PgConnectOptions::from_str(url)
+        .context("`database` is not an address like postgres://user@host/name")?;
+    let pool = PgPoolOptions::new()
+        .max_connections(8)
+        .connect_with(options)
+        .await
+        .context("cannot reach PostgreSQL")?;
+    let domain = "DO $$ BEGIN CREATE DOMAIN blob AS bytea; EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL; END $$";
+    sqlx::raw_sql(domain)
+        .execute(&pool)
+        .await
+        .context("cannot prepare the PostgreSQL store")?;
+    for mut migrator in [main_migrations(), logs_migrations()] {
+        migrator.set_ignore_missing(true);
+        migrator
+            .run(&pool)
+            .await
+            .context("cannot bring the PostgreSQL store up to date")?;
+    }
+    Ok(Db::Postgres(pool))
+}
+
+fn is_new_enough(version: &str) -> bool {
+    let mut parts = version
+        .split('.')
+        .map(|part| part.parse::<u32>().unwrap_or(0));
+    let mut next = || parts.next().unwrap_or(0);
+    (next(), next(), next()) >= SQLITE_VERSION_MIN
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_bundled_sqlite_does_not_lose_writes() {
+        assert!(is_new_enough("3.51.3") && is_new_enough("3.53.0") && is_new_enough("4.0.0"));
+        assert!(!is_new_enough("3.51.2") && !is_new_enough("3.46.0"));
+    }
+}

@@ -1,0 +1,159 @@
+//! Deliveries in: stored, recognised if repeated, and turned into queued builds, all in one transaction.
+
+use anyhow::Context;
+use sqlx::Row;
+
+use super::dialect::on;
+use super::{NewBuild, Store};
+use crate::builds::{BuildKind, Push, Status, now};
+
+/// What came over the wire, its signature proved.
+#[derive(Debug, Clone)]
+pub struct Delivery {
+    /// GitHub's id of it: unsigned, so only for people to look up.
+    pub guid: String,
+    pub event: String,
+    /// SHA-256 of the raw body, 64 hex digits.
+    pub body_hash: String,
+    pub body: Vec<u8>,
+}
+
+/// What became of a push in one environment.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Accepted {
+    pub build: i64,
+    pub environment: String,
+    pub status: Status,
+    /// The push was known; `build` is the one that it had made.
+    pub duplicate: bool,
+}
+
+/// A push build that stands for the newest known state of its branch in one environment.
+struct Newest {
+    id: i64,
+    status: String,
+    body_hash: String,
+    before: String,
+    commit: String,
+    pushed_at: Option<i64>,
+}
+
+impl Newest {
+    /// The same bytes, or the same move of the branch.
+    fn is_repeated_by(&self, delivery: &Delivery, push: &Push) -> bool {
+        self.body_hash == delivery.body_hash
+            || (self.before == push.before && self.commit == push.after)
+    }
+
+    /// GitHub delivers out of order: a push that this one was made on top of, or that GitHub took earlier.
+    fn came_after(&self, push: &Push) -> bool {
+        let made_on_top = self.before == push.after && self.commit != push.before;
+        let taken_later =
+            matches!((self.pushed_at, push.pushed_at), (Some(ours), Some(theirs)) if ours > theirs);
+        made_on_top || taken_later
+    }
+}
+
+impl Store {
+    /// Stores a delivery and queues one build for each environment, unless the push is a repetition there. When this
+    /// returns, everything is on disk.
+    ///
+    /// A repetition is a body seen before, or the same branch, before and after as the branch's newest; after a newer
+    /// push in between it is built again, and skipped at checkout unless it is the branch's head.
+    pub async fn accept(
+        &self,
+        delivery: &Delivery,
+        push: &Push,
+        environments: &[&str],
+    ) -> anyhow::Result<Vec<Accepted>> {
+        let at = now();
+        let accepted = on!(&self.main, pool, BEGIN, _lock => {
+            let mut tx = pool.begin_with(BEGIN).await.context("cannot begin to store a delivery")?;
+            let mut accepted = Vec::with_capacity(environments.len());
+            let mut delivery_id = None;
+            for environment in environments {
+                let newest = sqlx::query(
+                    "SELECT id, status, body_hash, before_commit, commit_id, pushed_at FROM builds \
+                     WHERE environment = $1 AND kind = 'push' AND branch = $2 ORDER BY id DESC LIMIT 1",
+                )
+                .bind(*environment)
+                .bind(&push.branch)
+                .fetch_optional(&mut *tx)
+                .await?
+                .map(|row| -> sqlx::Result<Newest> {
+                    Ok(Newest {
+                        id: row.try_get(0)?,
+                        status: row.try_get(1)?,
+                        body_hash: row.try_get(2)?,
+                        before: row.try_get(3)?,
+                        commit: row.try_get(4)?,
+                        pushed_at: row.try_get(5)?,
+                    })
+                })
+                .transpose()?;
+                if let Some(newest) = newest.as_ref().filter(|newest| newest.is_repeated_by(delivery, push)) {
+                    let (build, status) = (newest.id, newest.status.parse()?);
+                    accepted.push(Accepted { build, environment: (*environment).to_owned(), status, duplicate: true });
+                    continue;
+                }
+                if delivery_id.is_none() {
+                    let id: i64 = sqlx::query_scalar("UPDATE counters SET value = value + 1 WHERE name = 'delivery' RETURNING value")
+                        .fetch_one(&mut *tx)
+                        .await?;
+                    sqlx::query("INSERT INTO deliveries (id, guid, event, body_hash, body, received_at) VALUES ($1, $2, $3, $4, $5, $6)")
+                        .bind(id)
+                        .bind(&delivery.guid)
+                        .bind(&delivery.event)
+                        .bind(&delivery.body_hash)
+                        .bind(&delivery.body)
+                        .bind(at)
+                        .execute(&mut *tx)
+                        .await?;
+                    delivery_id = Some(id);
+                }
+                let overtaken_by = newest.filter(|newest| newest.came_after(push)).map(|newest| newest.id);
+                let build = NewBuild {
+                    environment,
+                    push,
+                    kind: BuildKind::Push,
+                    delivery_id,
+                    body_hash: &delivery.body_hash,
+                    superseded_by: overtaken_by,
+                };
+                let id = super::builds::insert!(tx, build, at);
+                let status = if overtaken_by.is_some() { Status::Superseded } else { Status::Queued };
+                accepted.push(Accepted { build: id, environment: (*environment).to_owned(), status, duplicate: false });
+            }
+            tx.commit().await.context("cannot store a delivery")?;
+            accepted
+        });
+        self.notify();
+        Ok(accepted)
+    }
+
+    /// Queues a build that a person asked for.
+    pub async fn enqueue(
+        &self,
+        environment: &str,
+        push: &Push,
+        kind: BuildKind,
+    ) -> anyhow::Result<i64> {
+        let at = now();
+        let build = NewBuild {
+            environment,
+            push,
+            kind,
+            delivery_id: None,
+            body_hash: "",
+            superseded_by: None,
+        };
+        let id = on!(&self.main, pool, BEGIN, _lock => {
+            let mut tx = pool.begin_with(BEGIN).await?;
+            let id = super::builds::insert!(tx, build, at);
+            tx.commit().await?;
+            id
+        });
+        self.notify();
+        Ok(id)
+    }
+}

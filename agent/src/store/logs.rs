@@ -1,0 +1,118 @@
+//! Log lines, in chunks: written by one task a build, read by everyone who watches.
+
+use sqlx::FromRow;
+
+use super::Store;
+use super::dialect::on;
+use crate::build_log::{CHUNK_BYTES_MAX, LogLine};
+use crate::builds::{Millis, Stage};
+
+/// A line as it is read back. Numbers begin with 1 and have no gaps.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NumberedLine {
+    pub number: i64,
+    pub stage: Stage,
+    pub at: Millis,
+    pub bytes: Vec<u8>,
+}
+
+impl Store {
+    /// Stores lines behind those that are there; `next` is the number of the first, the answer that of the next one.
+    pub async fn append_log(
+        &self,
+        build_id: i64,
+        mut next: i64,
+        lines: &[LogLine],
+    ) -> anyhow::Result<i64> {
+        for chunk in chunks(lines) {
+            let index: Vec<(i64, usize)> = chunk
+                .iter()
+                .map(|line| (line.at, line.bytes.len()))
+                .collect();
+            let bytes: Vec<u8> = chunk
+                .iter()
+                .flat_map(|line| line.bytes.iter().copied())
+                .collect();
+            let Some(stage) = chunk.first().map(|line| line.stage) else {
+                continue;
+            };
+            let count = i64::try_from(chunk.len())?;
+            on!(&self.logs, pool => sqlx::query(
+                    "INSERT INTO log_chunks (build_id, first_line, line_count, stage, lines, bytes) VALUES ($1, $2, $3, $4, $5, $6)")
+                .bind(build_id).bind(next).bind(count).bind(stage.as_str()).bind(serde_json::to_string(&index)?).bind(&bytes)
+                .execute(pool).await?.rows_affected());
+            next += count;
+        }
+        self.notify();
+        Ok(next)
+    }
+
+    /// The number of the line that comes next, and the bytes that are there.
+    pub async fn log_end(&self, build_id: i64) -> anyhow::Result<(i64, u64)> {
+        let (next, bytes): (i64, i64) = on!(&self.logs, pool => sqlx::query_as(
+                "SELECT COALESCE(MAX(first_line + line_count), 1), CAST(COALESCE(SUM(LENGTH(bytes)), 0) AS BIGINT) FROM log_chunks WHERE build_id = $1")
+            .bind(build_id).fetch_one(pool).await?);
+        Ok((next, u64::try_from(bytes).unwrap_or(0)))
+    }
+
+    /// Lines from number `from` on: whole chunks, at most about `bytes_max`. Empty where there are no more yet.
+    pub async fn read_log(
+        &self,
+        build_id: i64,
+        from: i64,
+        bytes_max: usize,
+    ) -> anyhow::Result<Vec<NumberedLine>> {
+        #[derive(FromRow)]
+        struct Chunk {
+            first_line: i64,
+            stage: String,
+            lines: String,
+            bytes: Vec<u8>,
+        }
+        let limit = i64::try_from(bytes_max / CHUNK_BYTES_MAX)?.max(1);
+        let chunks: Vec<Chunk> = on!(&self.logs, pool => sqlx::query_as(
+                "SELECT first_line, stage, lines, bytes FROM log_chunks WHERE build_id = $1 AND first_line + line_count > $2 \
+                 ORDER BY first_line LIMIT $3")
+            .bind(build_id).bind(from).bind(limit).fetch_all(pool).await?);
+        let mut lines = Vec::new();
+        for chunk in chunks {
+            let stage: Stage = chunk.stage.parse()?;
+            let index: Vec<(i64, usize)> = serde_json::from_str(&chunk.lines)?;
+            let mut rest = chunk.bytes.as_slice();
+            for (number, (at, length)) in (chunk.first_line..).zip(index) {
+                let (bytes, after) = rest.split_at_checked(length).unwrap_or((rest, &[]));
+                rest = after;
+                if number >= from {
+                    lines.push(NumberedLine {
+                        number,
+                        stage,
+                        at,
+                        bytes: bytes.to_vec(),
+                    });
+                }
+            }
+        }
+        Ok(lines)
+    }
+}
+
+/// Runs of lines of one stage, each at most `CHUNK_BYTES_MAX`.
+fn chunks(lines: &[LogLine]) -> Vec<&[LogLine]> {
+    let mut chunks = Vec::new();
+    let mut rest = lines;
+    while let Some(first) = rest.first() {
+        let mut bytes = 0;
+        let length = rest
+            .iter()
+            .take_while(|line| {
+                bytes += line.bytes.len();
+                line.stage == first.stage && bytes <= CHUNK_BYTES_MAX
+            })
+            .count()
+            .max(1);
+        let (chunk, after) = rest.split_at(length);
+        chunks.push(chunk);
+        rest = after;
+    }
+    chunks
+}

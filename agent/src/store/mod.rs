@@ -1,0 +1,109 @@
+//! The store: deliveries, builds, their stages, releases and logs. The only place that knows SQL.
+//!
+//! SQLite embedded (two files), or PostgreSQL. Every write of a build's rows carries the fence of its holder, so that
+//! an agent that lost the environment cannot write over its successor.
+
+mod builds;
+mod dialect;
+mod github;
+mod intake;
+mod logs;
+mod releases;
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context;
+use tokio::sync::watch;
+
+use crate::config::Environment;
+use dialect::{Db, on};
+
+pub use builds::{Filter, NewBuild};
+pub use github::Untold;
+pub use intake::{Accepted, Delivery};
+pub use logs::NumberedLine;
+
+/// Cheap to clone.
+#[derive(Clone)]
+pub struct Store {
+    main: Db,
+    logs: Db,
+    /// Grows with every change of builds, stages or logs that this process made: wakes the queue, GitHub and viewers.
+    changed: Arc<watch::Sender<u64>>,
+    /// Held as long as the store: a second agent on the same folder is refused.
+    _lock: Arc<File>,
+}
+
+impl Store {
+    /// Opens or makes the store in `data_dir`, brings it up to date, and locks the folder.
+    pub async fn open(data_dir: &Path, database: Option<&str>) -> anyhow::Result<Self> {
+        let lock = lock(data_dir)?;
+        let (main, logs) = dialect::open(data_dir, database).await?;
+        Ok(Self {
+            main,
+            logs,
+            changed: Arc::new(watch::Sender::new(0)),
+            _lock: Arc::new(lock),
+        })
+    }
+
+    /// Tells when something changed; the value itself means nothing.
+    pub fn watch(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    fn notify(&self) {
+        self.changed.send_modify(|count| *count += 1);
+    }
+
+    /// A row for each environment of agent.yaml.
+    pub async fn ensure_environments(&self, environments: &[Environment]) -> anyhow::Result<()> {
+        for environment in environments {
+            on!(&self.main, pool => {
+                sqlx::query("INSERT INTO environments (name) VALUES ($1) ON CONFLICT (name) DO NOTHING")
+                    .bind(&environment.name)
+                    .execute(pool)
+                    .await?;
+            });
+        }
+        Ok(())
+    }
+
+    /// Whether the store answers: what `/readyz` asks.
+    pub async fn ping(&self) -> anyhow::Result<()> {
+        on!(&self.main, pool => { sqlx::query("SELECT 1").execute(pool).await?; });
+        Ok(())
+    }
+}
+
+fn lock(data_dir: &Path) -> anyhow::Result<File> {
+    make_private_dir(data_dir)?;
+    let path = data_dir.join("lock");
+    let file = File::options()
+        .create(true)
+        .append(true)
+        .open(&path)
+        .with_context(|| format!("cannot open {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => anyhow::bail!(
+            "another agent is working in {}: stop it first, or give this one a `data_dir` of its own",
+            data_dir.display()
+        ),
+        Err(std::fs::TryLockError::Error(error)) => {
+            Err(error).with_context(|| format!("cannot lock {}", path.display()))
+        }
+    }
+}
+
+/// A folder that only its owner can read.
+pub fn make_private_dir(path: &Path) -> anyhow::Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .with_context(|| format!("cannot make the folder {}", path.display()))
+}
