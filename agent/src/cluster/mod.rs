@@ -19,14 +19,6 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Objects of one kind in the environment's namespace.
-    pub fn api<K>(&self) -> kube::Api<K>
-    where
-        K: kube::Resource<Scope = kube::core::NamespaceResourceScope, DynamicType = ()>,
-    {
-        kube::Api::namespaced(self.client.clone(), &self.namespace)
-    }
-
     /// By the environment's kubeconfig and context; without one, as kubectl would or as a pod does.
     pub async fn connect(environment: &Environment) -> anyhow::Result<Self> {
         let options = kube::config::KubeConfigOptions {

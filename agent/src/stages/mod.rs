@@ -6,8 +6,10 @@
 pub mod checkout;
 pub mod context;
 pub mod deploy;
+pub mod expect;
 pub mod image;
 pub mod smoke_test;
+pub mod soak;
 pub mod test;
 pub mod verify;
 
