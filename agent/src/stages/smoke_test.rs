@@ -67,7 +67,7 @@ pub async fn run(
         }
         Err(error) => Err(error),
     };
-    lived.map_err(|error| super::verify::masked(scope, error))?;
+    lived.map_err(|error| error.masked(scope.log))?;
     Ok(Live {
         release_id: rolled_out.release_id,
         requests,
