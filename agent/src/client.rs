@@ -10,9 +10,8 @@ use reqwest::{RequestBuilder, Response, StatusCode};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::builds::{Build, Millis, Stage, StageStatus};
+use crate::builds::{Build, Millis, Stage, StageStatus, Status};
 use crate::config::Access;
-use crate::store::Filter;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -63,16 +62,27 @@ pub struct StageTimes {
     pub done_at: Option<Millis>,
 }
 
-/// A build that was queued on demand.
+/// An environment as the API lists it.
 #[derive(Debug, Clone, Deserialize)]
-pub struct Started {
-    pub build: i64,
-    pub environment: String,
+pub struct Place {
+    pub name: String,
+    pub branch: String,
+}
+
+/// Which builds to list, newest first.
+#[derive(Debug, Clone, Default)]
+pub struct Wanted {
+    pub environment: Option<String>,
+    pub branch: Option<String>,
+    pub status: Option<Status>,
+    pub limit: Option<i64>,
+    pub before: Option<i64>,
 }
 
 /// One event of a live log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
+    /// With its newline, where it has one.
     Line {
         number: i64,
         stage: Option<Stage>,
@@ -109,13 +119,13 @@ impl Client {
     }
 
     /// As the API answers: `{"builds": […], "next": …}`.
-    pub async fn builds(&self, filter: &Filter) -> Result<Value, Problem> {
+    pub async fn builds(&self, wanted: &Wanted) -> Result<Value, Problem> {
         let pairs = [
-            ("environment", filter.environment.clone()),
-            ("branch", filter.branch.clone()),
-            ("status", filter.status.map(|status| status.to_string())),
-            ("limit", filter.limit.map(|limit| limit.to_string())),
-            ("before", filter.before.map(|before| before.to_string())),
+            ("environment", wanted.environment.clone()),
+            ("branch", wanted.branch.clone()),
+            ("status", wanted.status.map(|status| status.to_string())),
+            ("limit", wanted.limit.map(|limit| limit.to_string())),
+            ("before", wanted.before.map(|before| before.to_string())),
         ];
         let pairs: Vec<_> = pairs.into_iter().filter(|(_, value)| value.is_some()).collect();
         self.json(self.get("/api/builds").query(&pairs)).await
@@ -126,9 +136,17 @@ impl Client {
         self.json(self.get(&format!("/api/builds/{id}"))).await
     }
 
-    /// Queues builds of a branch or commit, in the environments of that branch or in one of them.
-    pub async fn start(&self, what: &str, environment: Option<&str>) -> Result<Value, Problem> {
-        let body = serde_json::json!({ "what": what, "environment": environment });
+    /// `{"environments": […]}`; `read_list` makes `Place`s of it.
+    pub async fn environments(&self) -> Result<Value, Problem> {
+        self.json(self.get("/api/environments")).await
+    }
+
+    /// Queues a build of a whole commit, or of the branch's head.
+    pub async fn start(&self, place: &Place, commit: Option<&str>) -> Result<Value, Problem> {
+        let body = match commit {
+            Some(commit) => serde_json::json!({ "environment": place.name, "commit": commit }),
+            None => serde_json::json!({ "environment": place.name, "branch": place.branch }),
+        };
         self.json(self.post("/api/builds").json(&body)).await
     }
 
@@ -193,9 +211,11 @@ impl Client {
         }
         let body = self.body(response).await.unwrap_or_default();
         let value: Value = serde_json::from_slice(&body).unwrap_or_default();
-        let why = match value.get("error").and_then(Value::as_str) {
-            Some(error) => error.to_owned(),
-            None => String::from_utf8_lossy(&body).trim().to_owned(),
+        let text = |member| value.get(member).and_then(Value::as_str);
+        let why = match (text("error"), text("hint")) {
+            (Some(error), Some(hint)) => format!("{error}\n  {hint}"),
+            (Some(error), None) => error.to_owned(),
+            (None, _) => String::from_utf8_lossy(&body).trim().to_owned(),
         };
         let why = why.chars().take(REFUSAL_CHARS_MAX).collect();
         Err(Problem::Refused { status, why })
@@ -241,9 +261,9 @@ pub fn read<T: serde::de::DeserializeOwned>(value: &Value) -> Result<T, Problem>
     T::deserialize(value).map_err(|error| Problem::Odd(error.to_string()))
 }
 
-/// The member `builds` of an answer.
-pub fn read_builds<T: serde::de::DeserializeOwned>(value: &Value) -> Result<Vec<T>, Problem> {
-    read(value.get("builds").unwrap_or(&Value::Null))
+/// Reads a member of an answer that is a list.
+pub fn read_list<T: serde::de::DeserializeOwned>(value: &Value, member: &str) -> Result<Vec<T>, Problem> {
+    read(value.get(member).unwrap_or(&Value::Null))
 }
 
 /// A live log, event by event.
@@ -280,10 +300,12 @@ struct Parser {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
-enum LineData {
-    Staged { stage: Option<Stage>, text: String },
-    Text(String),
+struct LineData {
+    stage: Option<Stage>,
+    text: String,
+    /// It goes on in the next line.
+    #[serde(default)]
+    open: bool,
 }
 
 impl Parser {
@@ -327,13 +349,12 @@ impl Parser {
         let (name, data) = (std::mem::take(&mut self.name), std::mem::take(&mut self.data));
         match name.as_str() {
             "end" => Ok(Some(Event::End)),
-            "" | "line" | "message" if !data.is_empty() => {
+            "" | "message" if !data.is_empty() => {
                 let line: LineData = serde_json::from_str(&data).map_err(|error| error.to_string())?;
-                let (stage, text) = match line {
-                    LineData::Staged { stage, text } => (stage, text),
-                    LineData::Text(text) => (None, text),
-                };
-                let number = self.number;
+                let (number, stage, mut text) = (self.number, line.stage, line.text);
+                if !line.open {
+                    text.push('\n');
+                }
                 Ok(Some(Event::Line { number, stage, text }))
             }
             _ => Ok(None),
@@ -352,8 +373,8 @@ mod tests {
 
     #[test]
     fn events_are_read_however_they_are_cut() {
-        let stream = ": hello\n\nid: 7\nevent: line\ndata: {\"stage\":\"test\",\"at\":5,\"text\":\"a\\r\\u001b[1m ü\\n\"}\n\n\
-                      event: stage\ndata: {}\n\nid:8\r\ndata: \"plain\"\r\n\r\nevent: end\ndata: {\"status\":\"passed\"}\n\n";
+        let stream = "retry: 2000\n\n: hello\n\nid: 7\ndata: {\"n\":7,\"stage\":\"test\",\"at\":5,\"text\":\"a\\r\\u001b[1m ü\"}\n\n\
+                      event: stage\ndata: {}\n\nid:8\r\ndata: {\"text\":\"plain\",\"open\":true}\r\n\r\nevent: end\ndata: {\"status\":\"passed\"}\n\n";
         let expected = [line(7, Some(Stage::Test), "a\r\u{1b}[1m ü\n"), line(8, None, "plain"), Event::End];
         for size in 1..stream.len() {
             let mut parser = Parser::default();

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use axum::http::HeaderMap;
 use http_body_util::{BodyExt, Limited};
+use hyper::HeaderMap;
 use octocrab::Octocrab;
 use octocrab::service::middleware::retry::RetryConfig;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};

@@ -1,3 +1,5 @@
+//! What is said, to whom it waits, and how long: the rules of `github.rs` without a network.
+
 use super::*;
 use crate::builds::{BuildKind, Cause};
 
@@ -42,7 +44,7 @@ fn headers(pairs: &[(&'static str, &str)]) -> HeaderMap {
         .iter()
         .map(|(name, value)| {
             (
-                axum::http::HeaderName::from_static(name),
+                hyper::header::HeaderName::from_static(name),
                 value.parse().unwrap(),
             )
         })

@@ -7,7 +7,7 @@ pub mod api;
 pub mod build_log;
 pub mod builds;
 pub mod cli;
-
+pub mod client;
 pub mod cluster;
 pub mod config;
 pub mod dashboard;
