@@ -24,7 +24,7 @@ const DIGITS_MIN: usize = 7;
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// What became of it.
-#[derive(Debug)]
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
 pub enum Checkout {
     Ready(CheckedOut),
     /// What is deployed came after this commit, and the branch's head is another: building it would go backwards.
