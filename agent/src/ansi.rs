@@ -256,7 +256,10 @@ mod tests {
             "\x1b[38;5;244mgray\x1b[48;5;21mblue",
             &[("f7", "gray"), ("f7 g12", "blue")],
         );
-        check("\x1b[38;5mx\x1b[38mx\x1b[38;9;1mx", &[("", "xx"), ("b", "x")]);
+        check(
+            "\x1b[38;5mx\x1b[38mx\x1b[38;9;1mx",
+            &[("", "xx"), ("b", "x")],
+        );
     }
 
     #[test]
@@ -294,13 +297,19 @@ mod tests {
                 .map(|_| {
                     seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
                     let pick = usize::try_from(seed >> 33).unwrap_or(0);
-                    *['\x1b', '[', 'm', ';', '3', '8', '5', '1', 'K', '\r', '<', 'é', ']', '\x07', '\u{9b}']
-                        .get(pick % 15)
-                        .unwrap()
+                    *[
+                        '\x1b', '[', 'm', ';', '3', '8', '5', '1', 'K', '\r', '<', 'é', ']',
+                        '\x07', '\u{9b}',
+                    ]
+                    .get(pick % 15)
+                    .unwrap()
                 })
                 .collect();
             for span in spans(&line) {
-                assert!(!span.text.contains(|c: char| c.is_control() && c != '\t'), "{line:?}");
+                assert!(
+                    !span.text.contains(|c: char| c.is_control() && c != '\t'),
+                    "{line:?}"
+                );
                 assert!(
                     span.class
                         .split_whitespace()

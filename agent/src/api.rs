@@ -243,7 +243,9 @@ fn manual_build(body: Result<Bytes, BytesRejection>) -> Result<ManualBuild, ApiE
             StatusCode::BAD_REQUEST,
             format!("the body is not what is expected: {error}"),
         )
-        .hint(r#"send {"environment": "hello", "branch": "main"}, or "commit" in place of "branch""#)
+        .hint(
+            r#"send {"environment": "hello", "branch": "main"}, or "commit" in place of "branch""#,
+        )
     })
 }
 
@@ -254,13 +256,21 @@ fn manual_push(environment: &Environment, asked: &ManualBuild) -> Result<Push, A
     if asked.branch.is_none() && asked.commit.is_none() {
         return bad_request("neither a branch nor a commit is given".to_owned());
     }
-    if let Some(branch) = asked.branch.as_ref().filter(|name| **name != environment.branch) {
+    if let Some(branch) = asked
+        .branch
+        .as_ref()
+        .filter(|name| **name != environment.branch)
+    {
         return bad_request(format!(
             "{name:?} takes branch {:?} only, not {branch:?}",
             environment.branch
         ));
     }
-    let commit = asked.commit.as_deref().unwrap_or_default().to_ascii_lowercase();
+    let commit = asked
+        .commit
+        .as_deref()
+        .unwrap_or_default()
+        .to_ascii_lowercase();
     if asked.commit.is_some() && !is_commit_id(&commit) {
         return bad_request(format!(
             "{commit:?} is no commit: a commit has all of its 40 hex digits (`git rev-parse` prints them)"
@@ -316,7 +326,10 @@ async fn rerun(State(app): State<App>, path: IdPath) -> Result<Response, ApiErro
             .hint(format!("`landfall cancel {}` ends it", build.id)));
     }
     if app.config.environment(&build.environment).is_none() {
-        let problem = format!("environment {:?} is no longer in agent.yaml", build.environment);
+        let problem = format!(
+            "environment {:?} is no longer in agent.yaml",
+            build.environment
+        );
         return Err(ApiError::new(StatusCode::CONFLICT, problem));
     }
     let push = app.store.push_of(build.id).await?;

@@ -1,13 +1,37 @@
 //! The accept loop, its limits, shutdown and routes.
 //!
-//! Web handlers start no work: they read the store, or write a row that the queue will find.
+//! Web handlers start no work: they read the store, or write a row that the queue will find. Own loop, since
+//! `axum::serve` sets no time-out for headers: a connection that says nothing is closed after `HEADER_TIMEOUT`.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
+use anyhow::Context;
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use base64::Engine;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use sha2::{Digest, Sha256};
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
+use tower_http::catch_panic::CatchPanicLayer;
 
-use crate::config::Config;
+use crate::config::{Config, ReadAccess};
 use crate::store::Store;
+use crate::{api, dashboard, metrics, webhook};
+
+const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+const CONNECTIONS_MAX: usize = 4096;
+/// How long open requests may go on once the agent stops.
+const DRAIN: Duration = Duration::from_secs(5);
 
 /// What every handler may use. Cheap to clone.
 #[derive(Clone)]
@@ -18,4 +42,216 @@ pub struct App {
     pub admin_token: Arc<str>,
     /// Fires when the agent stops: live streams end.
     pub shutdown: CancellationToken,
+}
+
+/// Page, API and, where it has no listener of its own, the webhook.
+pub fn routes(app: App) -> Router {
+    let mut routes = Router::new()
+        .merge(dashboard::router())
+        .merge(api::router())
+        .merge(health());
+    if app.config.webhook_listen.is_none() {
+        routes = routes.route("/webhook", post(webhook::receive));
+    }
+    finish(routes, app)
+}
+
+/// The webhook and nothing else, for the listener that is seen from outside.
+pub fn webhook_routes(app: App) -> Router {
+    finish(
+        Router::new()
+            .route("/webhook", post(webhook::receive))
+            .merge(health()),
+        app,
+    )
+}
+
+fn health() -> Router<App> {
+    Router::new()
+        .route("/healthz", get(async || "ok\n"))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics::render))
+}
+
+async fn readyz(State(app): State<App>) -> Response {
+    match app.store.ping().await {
+        Ok(()) if !app.shutdown.is_cancelled() => "ready\n".into_response(),
+        _ => (StatusCode::SERVICE_UNAVAILABLE, "not ready\n").into_response(),
+    }
+}
+
+fn finish(routes: Router<App>, app: App) -> Router {
+    routes
+        .layer(from_fn_with_state(app.clone(), guard))
+        .layer(CatchPanicLayer::new())
+        .with_state(app)
+}
+
+/// Binds, or says who is to move: the address is in use, and which variable changes it.
+pub async fn bind(address: SocketAddr, variable: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| {
+        format!("cannot listen on {address}: stop what listens there, or choose another address with {variable} or in agent.yaml")
+    })
+}
+
+/// Serves until `shutdown` fires, then lets open requests end for at most `DRAIN`.
+pub async fn serve(listener: TcpListener, routes: Router, shutdown: CancellationToken) {
+    let graceful = GracefulShutdown::new();
+    let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    loop {
+        let permit = tokio::select! {
+            () = shutdown.cancelled() => break,
+            permit = Arc::clone(&connections).acquire_owned() => permit,
+        };
+        let Ok(permit) = permit else { break };
+        let stream = tokio::select! {
+            () = shutdown.cancelled() => break,
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a connection");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                }
+            },
+        };
+        let mut http = hyper::server::conn::http1::Builder::new();
+        http.timer(TokioTimer::new())
+            .header_read_timeout(HEADER_TIMEOUT);
+        let connection = http.serve_connection(
+            TokioIo::new(stream),
+            TowerToHyperService::new(routes.clone()),
+        );
+        let connection = graceful.watch(connection);
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, "connection ended");
+            }
+            drop(permit);
+        });
+    }
+    let _ = tokio::time::timeout(DRAIN, graceful.shutdown()).await;
+}
+
+/// Who may ask what: Host and Origin against DNS rebinding and foreign pages, the token for writes, `read_access` for
+/// reads. `/webhook` proves itself by its signature; health and metrics say nothing secret.
+async fn guard(State(app): State<App>, request: Request, next: Next) -> Response {
+    let path = request.uri().path();
+    let open = matches!(path, "/webhook" | "/healthz" | "/readyz" | "/metrics");
+    if !open && let Err((status, why)) = admit(&app, request.method(), request.headers()) {
+        let mut response =
+            (status, axum::Json(serde_json::json!({ "error": why }))).into_response();
+        if status == StatusCode::UNAUTHORIZED {
+            response.headers_mut().insert(
+                header::WWW_AUTHENTICATE,
+                HeaderValue::from_static("Basic realm=\"landfall\""),
+            );
+        }
+        return with_headers(response);
+    }
+    with_headers(next.run(request).await)
+}
+
+fn admit(
+    app: &App,
+    method: &Method,
+    headers: &HeaderMap,
+) -> Result<(), (StatusCode, &'static str)> {
+    let host = headers
+        .get(header::HOST)
+        .and_then(|host| host.to_str().ok())
+        .unwrap_or_default();
+    if !is_our_host(&app.config, host) {
+        return Err((
+            StatusCode::MISDIRECTED_REQUEST,
+            "this host is not served here: set `public_url` in agent.yaml",
+        ));
+    }
+    if let Some(origin) = headers.get(header::ORIGIN) {
+        let host = origin
+            .to_str()
+            .ok()
+            .and_then(|origin| origin.split_once("://"))
+            .map_or("", |(_, host)| host);
+        if !is_our_host(&app.config, host) {
+            return Err((StatusCode::FORBIDDEN, "a request from another site"));
+        }
+    }
+    let reads = matches!(*method, Method::GET | Method::HEAD);
+    if reads && app.config.read_access != ReadAccess::Token {
+        return Ok(());
+    }
+    let given = headers
+        .get(header::AUTHORIZATION)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default();
+    let token = match given.split_once(' ') {
+        Some(("Bearer", token)) => Some(token.to_owned()),
+        // So that a browser can ask a person for it; never for writes, which another site could then make.
+        Some(("Basic", encoded)) if reads => basic_password(encoded),
+        _ => None,
+    };
+    match token {
+        Some(token) if is_same(&token, &app.admin_token) => Ok(()),
+        _ => Err((
+            StatusCode::UNAUTHORIZED,
+            "needs `Authorization: Bearer` with the token of data_dir/admin-token",
+        )),
+    }
+}
+
+fn basic_password(encoded: &str) -> Option<String> {
+    let decoded = base64::engine::general_purpose::STANDARD
+        .decode(encoded)
+        .ok()?;
+    String::from_utf8(decoded)
+        .ok()?
+        .split_once(':')
+        .map(|(_, password)| password.to_owned())
+}
+
+/// Compares digests: how long it takes says nothing about the token.
+fn is_same(given: &str, expected: &str) -> bool {
+    Sha256::digest(given) == Sha256::digest(expected)
+}
+
+/// A loopback name, the address that is listened on, or the host of `public_url`.
+fn is_our_host(config: &Config, host: &str) -> bool {
+    let name = host
+        .rsplit_once(':')
+        .filter(|(_, port)| port.bytes().all(|b| b.is_ascii_digit()))
+        .map_or(host, |(name, _)| name);
+    let public = config
+        .public_url
+        .as_deref()
+        .and_then(|url| url::Url::parse(url).ok());
+    matches!(name, "localhost" | "127.0.0.1" | "[::1]")
+        || host.parse() == Ok(config.listen)
+        || public
+            .as_ref()
+            .and_then(url::Url::host_str)
+            .is_some_and(|ours| ours.eq_ignore_ascii_case(name))
+}
+
+fn with_headers(mut response: Response) -> Response {
+    let headers = response.headers_mut();
+    let fixed = [
+        (
+            header::CONTENT_SECURITY_POLICY,
+            dashboard::CONTENT_SECURITY_POLICY,
+        ),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::REFERRER_POLICY, "no-referrer"),
+        (header::X_FRAME_OPTIONS, "DENY"),
+        (
+            HeaderName::from_static("cross-origin-opener-policy"),
+            "same-origin",
+        ),
+    ];
+    for (name, value) in fixed {
+        headers
+            .entry(name)
+            .or_insert(HeaderValue::from_static(value));
+    }
+    response
 }

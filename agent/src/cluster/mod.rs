@@ -1,1 +1,261 @@
 //! The cluster: what is asked of the API server (`apply`, `observe`), and what is judged without it (`policy`, `rollout`).
+//!
+//! `Cluster` is one environment's connection. Every question has a limit, is asked again while the server is away or
+//! busy, and ends as `Trouble`: the author's to mend, or ours.
+
+pub mod apply;
+pub mod diagnose;
+pub mod diff;
+pub mod observe;
+pub mod ownership;
+pub mod policy;
+pub mod proxy;
+pub mod refusal;
+pub mod rollout;
+pub mod snapshot;
+pub mod tables;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::core::{ApiResource, DynamicObject, GroupVersionKind, Request, Resource as _, Status};
+use kube::{Client, Config};
+use serde_json::Value;
+
+use crate::builds::Cause;
+use crate::config::Environment;
+use crate::manifests;
+
+/// How long one request may take; the server's own limit is a minute.
+pub const REQUEST_LIMIT: Duration = Duration::from_secs(30);
+const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+const PAUSE_FIRST: Duration = Duration::from_millis(100);
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+
+/// One environment's place in its cluster.
+#[derive(Clone)]
+pub struct Cluster {
+    pub client: Client,
+    pub namespace: String,
+    /// How long the server may be away before we give up.
+    pub unreachable: Duration,
+    /// What discovery said, by apiVersion and kind.
+    resources: Arc<Mutex<HashMap<(String, String), Resource>>>,
+}
+
+/// How a kind is asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resource {
+    pub api: ApiResource,
+    pub namespaced: bool,
+}
+
+/// Why something could not be done in the cluster.
+#[derive(Debug)]
+pub enum Trouble {
+    /// The author of the push, or the operator, must mend it.
+    Refused(Cause),
+    /// The cluster is out of reach, or we are at fault.
+    Agent(anyhow::Error),
+}
+
+impl From<anyhow::Error> for Trouble {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Agent(error)
+    }
+}
+
+/// An answer that is not the one hoped for.
+#[derive(Debug)]
+pub enum Answer {
+    Refused(Box<Status>),
+    /// No answer until the limit.
+    Away(anyhow::Error),
+}
+
+impl Answer {
+    /// For questions where no refusal is expected: any is ours to mend.
+    pub fn into_error(self, what: &str) -> anyhow::Error {
+        match self {
+            Self::Refused(status) => anyhow!("cannot {what}: {}", status.message),
+            Self::Away(error) => error,
+        }
+    }
+}
+
+impl Cluster {
+    /// Reads the kubeconfig of agent.yaml (without one: the service account of the pod that we run in). Asks nothing yet.
+    pub async fn connect(environment: &Environment) -> anyhow::Result<Self> {
+        let mut config = match &environment.kubeconfig {
+            Some(path) => {
+                let kubeconfig = Kubeconfig::read_from(path)
+                    .with_context(|| format!("cannot read the kubeconfig {}", path.display()))?;
+                let options = KubeConfigOptions {
+                    context: environment.context.clone(),
+                    ..KubeConfigOptions::default()
+                };
+                Config::from_custom_kubeconfig(kubeconfig, &options)
+                    .await
+                    .with_context(|| format!("cannot use the kubeconfig {}", path.display()))?
+            }
+            None => Config::incluster().with_context(|| {
+                format!(
+                    "environment {} has no `kubeconfig`, and this agent runs in no cluster",
+                    environment.name
+                )
+            })?,
+        };
+        config.connect_timeout = Some(CONNECT_LIMIT);
+        // Asked again here, with a limit that the operator knows.
+        config.default_retry = false;
+        config.default_namespace.clone_from(&environment.namespace);
+        Ok(Self {
+            client: Client::try_from(config).context("cannot make a client of the cluster")?,
+            namespace: environment.namespace.clone(),
+            unreachable: Duration::from_secs(environment.limits.unreachable_seconds),
+            resources: Arc::default(),
+        })
+    }
+
+    /// How the object's kind is asked for; None where the cluster does not know it.
+    pub async fn resource(&self, object: &Value) -> Result<Option<Resource>, Trouble> {
+        let (version, kind) = (manifests::api_version(object), manifests::kind(object));
+        let key = (version.to_owned(), kind.to_owned());
+        if let Some(known) = self.lock().get(&key) {
+            return Ok(Some(known.clone()));
+        }
+        let (group, short) = version.split_once('/').unwrap_or(("", version));
+        let folder = if group.is_empty() { "api" } else { "apis" };
+        let request = hyper::Request::get(format!("/{folder}/{version}"))
+            .body(Vec::new())
+            .context("cannot ask for the kinds of a group")?;
+        let list = match self.send("ask the cluster for its kinds", &request).await {
+            Ok(list) => list,
+            Err(Answer::Refused(status)) if status.code == 404 => return Ok(None),
+            Err(answer) => return Err(answer.into_error("ask the cluster for its kinds").into()),
+        };
+        let found = list
+            .pointer("/resources")
+            .and_then(Value::as_array)
+            .into_iter()
+            .flatten()
+            .find(|resource| {
+                manifests::kind(resource) == kind
+                    && !manifests::text(resource, "/name").contains('/')
+            });
+        let resource = found.map(|found| Resource {
+            api: ApiResource {
+                plural: manifests::text(found, "/name").to_owned(),
+                ..ApiResource::from_gvk(&GroupVersionKind::gvk(group, short, kind))
+            },
+            namespaced: found
+                .get("namespaced")
+                .and_then(Value::as_bool)
+                .unwrap_or(true),
+        });
+        if let Some(resource) = &resource {
+            self.lock().insert(key, resource.clone());
+        }
+        Ok(resource)
+    }
+
+    /// New kinds were made: what discovery said is old.
+    pub fn forget_resources(&self) {
+        self.lock().clear();
+    }
+
+    /// None where there is no such object.
+    pub async fn get(&self, resource: &Resource, name: &str) -> Result<Option<Value>, Answer> {
+        let request = self
+            .request(resource)
+            .get(name, &kube::api::GetParams::default());
+        let request = request.map_err(|error| Answer::Away(error.into()))?;
+        let what = format!("read {}/{name}", resource.api.plural);
+        match self.send(&what, &request).await {
+            Ok(object) => Ok(Some(object)),
+            Err(Answer::Refused(status)) if status.code == 404 => Ok(None),
+            Err(answer) => Err(answer),
+        }
+    }
+
+    /// All objects of a kind in the environment's namespace.
+    pub async fn list(&self, resource: &Resource) -> Result<Vec<Value>, Answer> {
+        let request = self
+            .request(resource)
+            .list(&kube::api::ListParams::default());
+        let request = request.map_err(|error| Answer::Away(error.into()))?;
+        let mut list = self
+            .send(&format!("list {}", resource.api.plural), &request)
+            .await?;
+        Ok(match list.pointer_mut("/items").map(Value::take) {
+            Some(Value::Array(items)) => items,
+            _ => Vec::new(),
+        })
+    }
+
+    /// The beginning of a request about objects of a kind.
+    pub fn request(&self, resource: &Resource) -> Request {
+        let namespace = resource.namespaced.then_some(self.namespace.as_str());
+        Request::new(DynamicObject::url_path(&resource.api, namespace))
+    }
+
+    /// Sends, and sends again while the server is away or busy, for at most `unreachable`.
+    pub async fn send(
+        &self,
+        what: &str,
+        request: &hyper::Request<Vec<u8>>,
+    ) -> Result<Value, Answer> {
+        let begun = Instant::now();
+        let mut pause = PAUSE_FIRST;
+        let limit = REQUEST_LIMIT.min(self.unreachable.max(Duration::from_secs(1)));
+        loop {
+            let answer =
+                tokio::time::timeout(limit, self.client.request::<Value>(request.clone())).await;
+            let error = match answer {
+                Ok(Ok(value)) => return Ok(value),
+                Ok(Err(kube::Error::Api(status))) if !is_transient(&status) => {
+                    return Err(Answer::Refused(status));
+                }
+                Ok(Err(error)) => anyhow::Error::new(error),
+                Err(_) => anyhow!("no answer within {} s", limit.as_secs()),
+            };
+            if begun.elapsed() + pause > self.unreachable {
+                let seconds = self.unreachable.as_secs();
+                return Err(Answer::Away(
+                    error.context(format!("cannot {what}: tried for {seconds} s")),
+                ));
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<(String, String), Resource>> {
+        self.resources
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether the same request can have another answer in a moment.
+fn is_transient(status: &Status) -> bool {
+    // A field that the schema does not know comes as 500 from some servers.
+    (status.code == 429 || status.code >= 500) && !refusal::is_about_schema(&status.message)
+}
+
+impl Resource {
+    /// A kind that every cluster has.
+    pub fn built_in(version: &str, kind: &str, plural: &str, namespaced: bool) -> Self {
+        let (group, version) = version.split_once('/').unwrap_or(("", version));
+        Self {
+            api: ApiResource::from_gvk_with_plural(
+                &GroupVersionKind::gvk(group, version, kind),
+                plural,
+            ),
+            namespaced,
+        }
+    }
+}

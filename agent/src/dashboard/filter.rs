@@ -62,10 +62,7 @@ fn number(name: &str, text: &str, max: i64) -> Result<i64, String> {
 }
 
 /// One page of builds, newest first, and the `before` of the next page where there is one.
-pub async fn page(
-    store: &Store,
-    filter: &Filter,
-) -> anyhow::Result<(Vec<Build>, Option<i64>)> {
+pub async fn page(store: &Store, filter: &Filter) -> anyhow::Result<(Vec<Build>, Option<i64>)> {
     let builds = store.builds(filter).await?;
     let Some(last) = builds.last().map(|build| build.id) else {
         return Ok((builds, None));
@@ -85,7 +82,10 @@ mod tests {
 
     #[test]
     fn a_query_becomes_a_filter() {
-        let filter = parse(Some("environment=hello&branch=feature%2Fx+y&status=failed&limit=200&before=7")).unwrap();
+        let filter = parse(Some(
+            "environment=hello&branch=feature%2Fx+y&status=failed&limit=200&before=7",
+        ))
+        .unwrap();
         assert_eq!(filter.environment.as_deref(), Some("hello"));
         assert_eq!(filter.branch.as_deref(), Some("feature/x y"));
         assert_eq!(filter.status, Some(Status::Failed));

@@ -39,7 +39,12 @@ pub struct Span {
 }
 
 impl Span {
-    fn new(begun: Option<Millis>, done: Option<Millis>, goes_on: bool, now: Millis) -> Option<Self> {
+    fn new(
+        begun: Option<Millis>,
+        done: Option<Millis>,
+        goes_on: bool,
+        now: Millis,
+    ) -> Option<Self> {
         let begun = begun?;
         let since = (done.is_none() && goes_on).then_some(begun);
         let end = done.or(since.map(|_| now))?;
@@ -156,7 +161,9 @@ pub fn steps(build: &Build, rows: &[StageRow], now: Millis) -> Vec<Step> {
         .map(|stage| {
             let row = rows.iter().find(|row| row.stage == stage);
             let (status, word) = match row.map(|row| row.status) {
-                Some(StageStatus::Running) if build.status.is_terminal() => ("skipped", "Not finished"),
+                Some(StageStatus::Running) if build.status.is_terminal() => {
+                    ("skipped", "Not finished")
+                }
                 Some(StageStatus::Running) => ("running", "Running"),
                 Some(StageStatus::Passed) => ("passed", "Passed"),
                 Some(StageStatus::Failed) => ("failed", "Failed"),
@@ -301,7 +308,9 @@ mod tests {
     #[test]
     fn only_names_of_repositories_become_links() {
         assert!(is_repository("acme/hello-axum") && is_repository("a/b.c_d"));
-        for odd in ["", "/", "a/", "/b", "a/b/c", "a/..", "a/b?x", "a/b\"", "../b", "a b/c"] {
+        for odd in [
+            "", "/", "a/", "/b", "a/b/c", "a/..", "a/b?x", "a/b\"", "../b", "a b/c",
+        ] {
             assert!(!is_repository(odd), "{odd:?}");
         }
     }

@@ -283,6 +283,14 @@ impl Store {
         Ok(Some(build.status))
     }
 
+    /// How many builds have each status; those with none are left out.
+    pub async fn count_by_status(&self) -> anyhow::Result<Vec<(Status, i64)>> {
+        let rows: Vec<(String, i64)> = on!(&self.main, pool => sqlx::query_as("SELECT status, COUNT(*) FROM builds GROUP BY status").fetch_all(pool).await?);
+        rows.into_iter()
+            .map(|(status, count)| Ok((status.parse()?, count)))
+            .collect()
+    }
+
     /// The push behind a build, to queue it anew.
     pub async fn push_of(&self, id: i64) -> anyhow::Result<Option<Push>> {
         let push = on!(&self.main, pool => sqlx::query(

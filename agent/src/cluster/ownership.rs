@@ -1,0 +1,290 @@
+//! Ownership: who has which field of a live object, by its managedFields, and whose fields a release may take.
+//!
+//! Conflicts in, a decision out; the entries of `kubectl apply` in, entries of ours out. Pure: no IO.
+
+use kube::core::Status;
+use serde_json::{Map, Value, json};
+
+use crate::manifests::text;
+
+/// Our field manager.
+pub const MANAGER: &str = "landfall";
+/// Holds the replicas of a workload that an autoscaler has, while `landfall` lets go of them.
+pub const MANAGER_REPLICAS: &str = "landfall-replicas";
+/// The manager of `kubectl apply` as people use it.
+const MANAGER_CLIENT_SIDE: &str = "kubectl-client-side-apply";
+/// Of `kubectl rollout undo` and `kubectl rollout restart`.
+const MANAGER_ROLLOUT: &str = "kubectl-rollout";
+const LAST_APPLIED: &str = "f:kubectl.kubernetes.io/last-applied-configuration";
+
+/// One field that another manager has with another value.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Conflict {
+    pub manager: String,
+    /// `.spec.template.spec.containers[name="hello"].image`
+    pub field: String,
+}
+
+/// Conflicts that a 409 names; empty where it means a stale version.
+pub fn conflicts(status: &Status) -> Vec<Conflict> {
+    let causes = status.details.iter().flat_map(|details| &details.causes);
+    causes
+        .filter(|cause| cause.reason == "FieldManagerConflict")
+        .map(|cause| Conflict {
+            // conflict with "kubectl-edit" using apps/v1
+            manager: cause
+                .message
+                .split('"')
+                .nth(1)
+                .unwrap_or(&cause.message)
+                .to_owned(),
+            field: cause.field.clone(),
+        })
+        .collect()
+}
+
+/// Whose fields may be taken.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Taking<'a> {
+    /// `take_fields_from` of agent.yaml.
+    pub managers: &'a [String],
+    /// Everybody's: a rollback or an undo must not stop half-way. Never the fence's.
+    pub all: bool,
+}
+
+impl Taking<'_> {
+    /// `autoscaled`: an autoscaler has this workload's replicas, so that they stay its own.
+    pub fn may_take(&self, conflict: &Conflict, autoscaled: bool) -> bool {
+        let manager = conflict.manager.as_str();
+        let was_autoscaler = manager == "kube-controller-manager"
+            && conflict.field == ".spec.replicas"
+            && !autoscaled;
+        manager != "landfall-fence"
+            && (self.all
+                || was_autoscaler
+                || manager.starts_with("kubectl")
+                || manager == MANAGER_REPLICAS
+                || self.managers.iter().any(|name| name == manager))
+    }
+}
+
+/// The managedFields with which fields of people's tools are ours, so that those which the manifests no longer hold
+/// really go. None where nothing is to move. `template_changes`: only then is the template of a `kubectl rollout undo`
+/// taken over; else an annotation of `rollout restart` would go, and with it every pod.
+pub fn migrated(live: &Value, template_changes: bool) -> Option<Value> {
+    let mut entries = live.pointer("/metadata/managedFields")?.as_array()?.clone();
+    let mut moved = Map::new();
+    let mut version = String::new();
+    for entry in &mut entries {
+        let manager = text(entry, "/manager");
+        let counts =
+            manager == MANAGER_CLIENT_SIDE || (manager == MANAGER_ROLLOUT && template_changes);
+        if !counts
+            || text(entry, "/operation") != "Update"
+            || !text(entry, "/subresource").is_empty()
+        {
+            continue;
+        }
+        let entry_version = text(entry, "/apiVersion").to_owned();
+        let Some(fields) = entry.get_mut("fieldsV1").and_then(Value::as_object_mut) else {
+            continue;
+        };
+        let taken = without_last_applied(fields);
+        if taken.is_empty() {
+            continue;
+        }
+        merge(&mut moved, taken);
+        version = entry_version;
+    }
+    if moved.is_empty() {
+        return None;
+    }
+    entries.retain(|entry| {
+        entry
+            .get("fieldsV1")
+            .and_then(Value::as_object)
+            .is_none_or(|fields| !fields.is_empty())
+    });
+    let ours = entries
+        .iter_mut()
+        .find(|entry| is_ours(entry) && text(entry, "/apiVersion") == version);
+    match ours.and_then(|entry| entry.get_mut("fieldsV1")).and_then(Value::as_object_mut) {
+        Some(fields) => merge(fields, moved),
+        None => entries.push(json!({
+            "manager": MANAGER, "operation": "Apply", "apiVersion": version, "fieldsType": "FieldsV1", "fieldsV1": moved,
+        })),
+    }
+    Some(Value::Array(entries))
+}
+
+/// Whether `spec.replicas` would be ours alone after the migration: then it must be handed over before it is dropped.
+pub fn has_replicas(live: &Value) -> bool {
+    let entries = live
+        .pointer("/metadata/managedFields")
+        .and_then(Value::as_array);
+    entries.into_iter().flatten().any(|entry| {
+        let counts = is_ours(entry) || text(entry, "/manager") == MANAGER_CLIENT_SIDE;
+        counts && entry.pointer("/fieldsV1/f:spec/f:replicas").is_some()
+    })
+}
+
+fn is_ours(entry: &Value) -> bool {
+    text(entry, "/manager") == MANAGER
+        && text(entry, "/operation") == "Apply"
+        && text(entry, "/subresource").is_empty()
+}
+
+/// Takes all fields out but the annotation that the next `kubectl apply` needs; it stays with kubectl.
+fn without_last_applied(fields: &mut Map<String, Value>) -> Map<String, Value> {
+    let mut taken = std::mem::take(fields);
+    let annotations = taken
+        .get_mut("f:metadata")
+        .and_then(|metadata| metadata.get_mut("f:annotations"));
+    let last_applied = annotations
+        .and_then(Value::as_object_mut)
+        .and_then(|annotations| annotations.remove(LAST_APPLIED));
+    if let Some(last_applied) = last_applied {
+        fields.insert(
+            "f:metadata".to_owned(),
+            json!({"f:annotations": {LAST_APPLIED: last_applied}}),
+        );
+    }
+    prune(&mut taken, "f:annotations");
+    taken
+}
+
+/// Drops `f:metadata` where only the hull of an annotation is left in it.
+fn prune(taken: &mut Map<String, Value>, member: &str) {
+    if let Some(metadata) = taken.get_mut("f:metadata").and_then(Value::as_object_mut) {
+        let is_hull = |value: &Value| {
+            value
+                .as_object()
+                .is_some_and(|fields| fields.keys().all(|key| key == "."))
+        };
+        if metadata.get(member).is_some_and(is_hull) {
+            metadata.remove(member);
+        }
+        if metadata.is_empty() {
+            taken.remove("f:metadata");
+        }
+    }
+}
+
+/// The union of two sets of fields.
+fn merge(into: &mut Map<String, Value>, from: Map<String, Value>) {
+    for (key, value) in from {
+        match (into.get_mut(&key), value) {
+            (Some(Value::Object(into)), Value::Object(value)) => merge(into, value),
+            (Some(_), _) => {}
+            (None, value) => {
+                into.insert(key, value);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(manager: &str, operation: &str, fields: &Value) -> Value {
+        json!({"manager": manager, "operation": operation, "apiVersion": "apps/v1", "fieldsV1": fields})
+    }
+
+    fn live(entries: &[Value]) -> Value {
+        json!({"metadata": {"managedFields": entries}})
+    }
+
+    #[test]
+    fn fields_of_kubectl_apply_become_ours_but_its_memory_stays() {
+        let theirs = json!({
+            "f:metadata": {"f:annotations": {".": {}, LAST_APPLIED: {}}},
+            "f:spec": {"f:paused": {}, "f:replicas": {}},
+        });
+        let ours = json!({"f:spec": {"f:replicas": {}, "f:selector": {}}});
+        let live = live(&[
+            entry(MANAGER_CLIENT_SIDE, "Update", &theirs),
+            entry(MANAGER, "Apply", &ours),
+        ]);
+        let migrated = migrated(&live, false).unwrap();
+        assert_eq!(
+            migrated[0]["fieldsV1"],
+            json!({"f:metadata": {"f:annotations": {LAST_APPLIED: {}}}})
+        );
+        assert_eq!(
+            migrated[1]["fieldsV1"],
+            json!({"f:spec": {"f:replicas": {}, "f:selector": {}, "f:paused": {}}})
+        );
+        assert_eq!(
+            super::migrated(&json!({"metadata": {"managedFields": migrated}}), false),
+            None
+        );
+    }
+
+    #[test]
+    fn only_an_undo_whose_template_we_replace_is_taken_over() {
+        let live = live(&[entry(
+            MANAGER_ROLLOUT,
+            "Update",
+            &json!({"f:spec": {"f:template": {}}}),
+        )]);
+        assert_eq!(migrated(&live, false), None);
+        let migrated = migrated(&live, true).unwrap();
+        assert_eq!(migrated.as_array().unwrap().len(), 1);
+        assert_eq!(
+            (
+                text(&migrated[0], "/manager"),
+                text(&migrated[0], "/operation")
+            ),
+            (MANAGER, "Apply")
+        );
+    }
+
+    #[test]
+    fn only_the_fields_of_peoples_tools_are_taken() {
+        let conflict = |manager: &str, field: &str| Conflict {
+            manager: manager.to_owned(),
+            field: field.to_owned(),
+        };
+        let named = ["argocd".to_owned()];
+        let taking = Taking {
+            managers: &named,
+            all: false,
+        };
+        for manager in [
+            "kubectl",
+            "kubectl-edit",
+            "kubectl-set",
+            "argocd",
+            MANAGER_REPLICAS,
+        ] {
+            assert!(
+                taking.may_take(&conflict(manager, ".spec.x"), false),
+                "{manager}"
+            );
+        }
+        for manager in [
+            "helm",
+            "flux",
+            "kube-controller-manager",
+            "landfall-fence",
+            "Kubectl",
+        ] {
+            assert!(
+                !taking.may_take(&conflict(manager, ".spec.x"), false),
+                "{manager}"
+            );
+        }
+        assert!(taking.may_take(
+            &conflict("kube-controller-manager", ".spec.replicas"),
+            false
+        ));
+        assert!(!taking.may_take(&conflict("kube-controller-manager", ".spec.replicas"), true));
+        let all = Taking {
+            all: true,
+            ..taking
+        };
+        assert!(all.may_take(&conflict("helm", ".spec.x"), false));
+        assert!(!all.may_take(&conflict("landfall-fence", ".metadata.labels"), false));
+    }
+}

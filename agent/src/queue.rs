@@ -1,0 +1,146 @@
+//! The queue's worker: claims builds, one at a time per environment and several environments at once, and tells a
+//! running build when it is to end.
+//!
+//! Order and supersession are the store's (`store/intake.rs`, `store/builds.rs`); this file only wakes, claims and
+//! watches. It wakes by notice and by the clock, so that a lost notice is only a delay.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::builds::{Build, Cause, Outcome, Status};
+use crate::runner::{self, Agent};
+
+const POLL_EVERY: Duration = Duration::from_secs(1);
+/// How long the builds may take to reach a place from which the next agent can go on.
+const STOP_LIMIT: Duration = Duration::from_secs(25);
+
+/// Runs builds until `shutdown` fires; what is running then is left to be resumed.
+pub async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
+    let mut working = Working {
+        agent,
+        builds: HashMap::new(),
+        tasks: JoinSet::new(),
+    };
+    let mut changes = working.agent.store.watch();
+    if let Err(error) = working.resume().await {
+        tracing::error!(error = format!("{error:#}"), "cannot resume builds");
+    }
+    while !shutdown.is_cancelled() {
+        if let Err(error) = working.turn().await {
+            tracing::error!(error = format!("{error:#}"), "the queue cannot work");
+        }
+        tokio::select! {
+            () = shutdown.cancelled() => {}
+            _ = changes.changed() => {}
+            Some(ended) = working.tasks.join_next() => working.ended(ended),
+            () = tokio::time::sleep(POLL_EVERY) => {}
+        }
+    }
+    working.stop().await;
+}
+
+struct Working {
+    agent: Arc<Agent>,
+    builds: HashMap<i64, CancellationToken>,
+    tasks: JoinSet<i64>,
+}
+
+impl Working {
+    /// Builds that were running when the last agent on this store died.
+    async fn resume(&mut self) -> anyhow::Result<()> {
+        for build in self.agent.store.running().await? {
+            if let Some(build) = self
+                .agent
+                .store
+                .reclaim(build.id, &self.agent.holder)
+                .await?
+            {
+                tracing::info!(build = build.id, attempt = build.attempt, "build resumed");
+                self.start(build);
+            }
+        }
+        Ok(())
+    }
+
+    async fn turn(&mut self) -> anyhow::Result<()> {
+        for (id, token) in &self.builds {
+            let Some(build) = self.agent.store.build(*id).await? else {
+                continue;
+            };
+            if build.cancel_requested || build.superseded_by.is_some() {
+                token.cancel();
+            }
+        }
+        while let Some(build) = self.agent.store.claim(&self.agent.holder).await? {
+            tracing::info!(
+                build = build.id,
+                environment = build.environment,
+                commit = build.commit,
+                "build claimed"
+            );
+            self.start(build);
+        }
+        Ok(())
+    }
+
+    fn start(&mut self, build: Build) {
+        let (agent, token, id) = (Arc::clone(&self.agent), CancellationToken::new(), build.id);
+        self.builds.insert(id, token.clone());
+        self.tasks.spawn(async move {
+            // In a task of its own: a panic ends this build and nothing else.
+            let running = tokio::spawn({
+                let (agent, build) = (Arc::clone(&agent), build.clone());
+                async move { runner::run(&agent, build, token).await }
+            });
+            if running.await.is_err() {
+                let cause = Cause::new(
+                    "agent_panicked",
+                    "Landfall itself failed while it ran this build",
+                )
+                .hint("please report it, with the agent's own log");
+                let outcome = if build.release_id.is_some() {
+                    Outcome::Unknown
+                } else {
+                    Outcome::Unchanged
+                };
+                if let Err(error) = agent
+                    .store
+                    .finish(&build, Status::Errored, outcome, Some(&cause))
+                    .await
+                {
+                    tracing::error!(
+                        build = id,
+                        error = format!("{error:#}"),
+                        "cannot end a build"
+                    );
+                }
+            }
+            id
+        });
+    }
+
+    fn ended(&mut self, ended: Result<i64, tokio::task::JoinError>) {
+        match ended {
+            Ok(id) => drop(self.builds.remove(&id)),
+            Err(error) => tracing::error!(%error, "a build's task ended badly"),
+        }
+    }
+
+    /// The agent stops: each build leaves its stage, and the next agent goes on with it.
+    async fn stop(&mut self) {
+        self.agent.stopping.cancel();
+        for token in self.builds.values() {
+            token.cancel();
+        }
+        let all = async { while self.tasks.join_next().await.is_some() {} };
+        if tokio::time::timeout(STOP_LIMIT, all).await.is_err() {
+            tracing::warn!(
+                "builds did not reach a safe place in time; the next start resumes them"
+            );
+        }
+    }
+}
