@@ -6,7 +6,7 @@ use anyhow::{bail, ensure};
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::{OutputArgument, ServerArguments, WaitArguments, exit_codes, follow, terminal};
+use super::{OutputArgument, ServerArguments, WaitArguments, follow, terminal};
 use crate::builds::{Build, is_commit_id};
 use crate::client::{self, Client, Place, Wanted};
 

@@ -164,11 +164,14 @@ async fn check_docker(settings: &config::Docker) -> Vec<Finding> {
     if is_older(&version) {
         return vec![Finding::fail("docker", format!("{version} is too old"), "install Docker 20.10 or later")];
     }
-    if docker::has_buildkit(&engine).await.is_err() {
-        let fix = "install Docker 20.10 or later; Podman cannot build here yet";
-        return vec![Finding::fail("docker", format!("{version} has only the classic builder"), fix)];
-    }
-    vec![Finding::ok("docker", format!("{version}, with BuildKit"))]
+    vec![match docker::lacks_buildkit(&engine).await {
+        Ok(None) => Finding::ok("docker", format!("{version}, with BuildKit")),
+        Ok(Some(_)) => {
+            let fix = "install Docker 20.10 or later; Podman cannot build here yet";
+            Finding::fail("docker", format!("{version} has only the classic builder"), fix)
+        }
+        Err(error) => Finding::fail("docker", format!("it does not say what it can do: {error}"), "restart Docker"),
+    }]
 }
 
 /// A version that is not like `24.0.7` is a development build, and taken.
@@ -237,7 +240,7 @@ mod tests {
         }
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_check_that_hangs_fails_at_its_limit() {
         let findings = limited("docker", std::future::pending()).await;
         assert!(findings[0].says.contains("no answer within 5 s"));

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::Args;
 
 use super::terminal::{self, Cleaner, say};
-use super::{ServerArguments, exit_codes, follow};
+use super::{ServerArguments, follow};
 use crate::builds::Build;
 use crate::client::{self, Client};
 

@@ -10,7 +10,6 @@ macro_rules! exit_codes {
          4 rollback failed; 5 Docker, cluster or agent out of reach; 124 time-out; 130 canceled"
     };
 }
-use exit_codes;
 
 pub mod build;
 pub mod cancel;

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 
-use super::{OutputArgument, ServerArguments, WaitArguments, build, exit_codes};
+use super::{OutputArgument, ServerArguments, WaitArguments, build};
 
 /// Build the same commit anew, and follow it to its end
 #[derive(Debug, Args)]
