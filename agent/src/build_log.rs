@@ -197,6 +197,11 @@ impl StageLog {
         }
     }
 
+    /// The text as the log would show it: for sentences that leave the log, such as a cause.
+    pub fn masked(&self, text: &str) -> String {
+        self.log.shared.masker.mask_text(text)
+    }
+
     /// What a program wrote, byte for byte; waits while the store is behind.
     pub async fn output(&self, bytes: &[u8]) {
         self.log.write(self.stage, bytes);

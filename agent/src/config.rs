@@ -87,6 +87,8 @@ pub struct Github {
 pub struct Docker {
     /// `unix:///…` or `tcp://…`; default `DOCKER_HOST`, then the local socket.
     pub host: Option<String>,
+    /// Folder of Docker's own config.json; default `DOCKER_CONFIG`, then `~/.docker`.
+    pub config_dir: Option<PathBuf>,
 }
 
 /// Where one branch of one repository lives.
@@ -314,6 +316,13 @@ impl Config {
         if let Some(text) = variable("LANDFALL_GITHUB_API_URL") {
             self.github.api_url = Some(text);
         }
+        let docker = &mut self.docker;
+        docker.host = docker.host.take().or_else(|| variable("DOCKER_HOST"));
+        docker.config_dir = docker
+            .config_dir
+            .take()
+            .or_else(|| variable("DOCKER_CONFIG").map(PathBuf::from))
+            .or_else(|| variable("HOME").map(|home| Path::new(&home).join(".docker")));
         if let Some(token) = secret("LANDFALL_GITHUB_TOKEN")? {
             self.github.token = Some(token);
         }
@@ -330,6 +339,9 @@ impl Config {
 
     fn make_absolute(&mut self, base: &Path) -> anyhow::Result<()> {
         self.data_dir = base.join(&self.data_dir);
+        if let Some(folder) = &mut self.docker.config_dir {
+            *folder = base.join(&*folder);
+        }
         for secret in self.github.token.iter_mut().chain(self.database.iter_mut()) {
             secret.read(base)?;
         }

@@ -4,10 +4,16 @@
 //! busy, and ends as `Trouble`: the author's to mend, or ours.
 
 pub mod apply;
+pub mod diagnose;
 pub mod diff;
+pub mod observe;
 pub mod ownership;
 pub mod policy;
+pub mod proxy;
 pub mod refusal;
+pub mod rollout;
+pub mod snapshot;
+pub mod tables;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};

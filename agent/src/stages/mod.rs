@@ -3,11 +3,15 @@
 //! A stage does its work, writes to its log and returns its baton. It never names another stage, the queue, the store
 //! or GitHub, and it knows nothing of crashes: `runner.rs` holds all control flow between stages.
 
+pub mod buildkit;
 pub mod checkout;
 pub mod context;
 pub mod deploy;
+pub mod failed_tests;
 pub mod image;
+pub mod patience;
 pub mod smoke_test;
+pub mod steps;
 pub mod test;
 pub mod verify;
 

@@ -1,1 +1,469 @@
-//! Test containers.
+//! Test: each test of pipeline.yaml in a container of its own, with nothing that it could break.
+//!
+//! The line: image (a stage of the Dockerfile, or pulled) → container → its output live, byte for byte → exit code, and
+//! whether it ran out of memory. The container is removed however it ends. Never mounts anything, never adds a right.
+
+use std::collections::HashMap;
+use std::pin::pin;
+use std::time::{Duration, Instant};
+
+use anyhow::anyhow;
+use bollard::Docker;
+use bollard::errors::Error;
+use bollard::models::{ContainerCreateBody, HostConfig, HostConfigLogConfig};
+use bollard::query_parameters::{
+    AttachContainerOptionsBuilder, CreateContainerOptionsBuilder, CreateImageOptionsBuilder,
+    ListContainersOptionsBuilder, RemoveContainerOptions, RemoveContainerOptionsBuilder,
+    RemoveImageOptions, StartContainerOptions, TagImageOptionsBuilder, WaitContainerOptionsBuilder,
+};
+use futures_util::StreamExt;
+
+use super::failed_tests::FailedTests;
+use super::patience::{Trouble, engine, patiently};
+use super::{Built, CheckedOut, Scope, StageError, StageResult, Tested, buildkit, limited};
+use crate::builds::Cause;
+use crate::config;
+use crate::docker;
+use crate::pipeline::Test;
+use crate::registry::{self, Logins};
+
+/// On every container that an agent made.
+const LABEL_AGENT: &str = "landfall.dev/agent";
+/// Repository of test images; they are never pushed, and their tags go when the test has ended.
+const TEST_REPOSITORY: &str = "landfall-test";
+/// How long a container may take to be killed and removed.
+const REMOVE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Killed from outside, which is what Docker's own memory limit does.
+const EXIT_KILLED: i64 = 137;
+
+/// Runs all tests in their order; the first that fails ends the stage.
+pub async fn run(
+    scope: &Scope<'_>,
+    checked_out: &CheckedOut,
+    _built: &Built,
+) -> StageResult<Tested> {
+    let tests = &checked_out.pipeline.test;
+    if tests.is_empty() {
+        scope.log.line("pipeline.yaml has no tests");
+    }
+    let mut passed = Vec::with_capacity(tests.len());
+    for (index, test) in tests.iter().enumerate() {
+        scope.log.line(format!("test {:?}", test.name));
+        let image = image_of(scope, checked_out, test, index + 1).await?;
+        let begun = Instant::now();
+        let result = run_one(scope, checked_out, test, index + 1, &image.reference).await;
+        if let Some(tag) = &image.own_tag {
+            remove_tag(scope.docker, tag).await;
+        }
+        result?;
+        let millis = i64::try_from(begun.elapsed().as_millis()).unwrap_or(i64::MAX);
+        scope.log.line(format!(
+            "test {:?} passed in {}",
+            test.name,
+            crate::builds::human_duration(millis)
+        ));
+        passed.push((test.name.clone(), millis));
+    }
+    Ok(Tested { passed })
+}
+
+/// Removes what a killed agent left of this build: containers, running or not.
+pub async fn sweep(docker: &config::Docker, build_id: i64) -> anyhow::Result<usize> {
+    let docker = docker::connect(docker).await?;
+    let label = format!("{}={build_id}", buildkit::LABEL_BUILD);
+    let filters = HashMap::from([("label", vec![label, LABEL_AGENT.to_owned()])]);
+    let options = ListContainersOptionsBuilder::default()
+        .all(true)
+        .filters(&filters)
+        .build();
+    let containers = docker.list_containers(Some(options)).await?;
+    let mut removed = 0;
+    for id in containers.into_iter().filter_map(|container| container.id) {
+        remove(&docker, &id).await?;
+        removed += 1;
+    }
+    Ok(removed)
+}
+
+struct Image {
+    reference: String,
+    /// A tag that is removed after the test.
+    own_tag: Option<String>,
+}
+
+async fn image_of(
+    scope: &Scope<'_>,
+    checked_out: &CheckedOut,
+    test: &Test,
+    number: usize,
+) -> StageResult<Image> {
+    let Some(target) = &test.target else {
+        let reference = test.image.clone().unwrap_or_default();
+        pull(scope, &reference).await?;
+        return Ok(Image {
+            reference,
+            own_tag: None,
+        });
+    };
+    let id = buildkit::build_target(scope, checked_out, Some(target)).await?;
+    let repository = format!("{TEST_REPOSITORY}/{}", checked_out.pipeline.image.name);
+    let tag = format!("{}-{}-{number}", scope.build.id, scope.build.attempt);
+    let docker = engine(scope).await?;
+    let options = TagImageOptionsBuilder::default()
+        .repo(&repository)
+        .tag(&tag)
+        .build();
+    docker
+        .tag_image(&id, Some(options))
+        .await
+        .map_err(|error| anyhow!(error).context("cannot tag the test's image"))?;
+    Ok(Image {
+        reference: id,
+        own_tag: Some(format!("{repository}:{tag}")),
+    })
+}
+
+/// Only the tag: BuildKit keeps the layers in its own cache.
+async fn remove_tag(settings: &config::Docker, tag: &str) {
+    let work = async {
+        let docker = docker::connect(settings).await?;
+        docker
+            .remove_image(tag, None::<RemoveImageOptions>, None)
+            .await
+    };
+    if let Ok(Err(error)) = tokio::time::timeout(REMOVE_TIMEOUT, work).await {
+        tracing::warn!(%tag, "cannot remove the tag of a test's image: {error:#}");
+    }
+}
+
+async fn pull(scope: &Scope<'_>, reference: &str) -> StageResult<()> {
+    let limit = Duration::from_secs(scope.environment.limits.build_timeout_seconds);
+    let logins = Logins::read(scope.docker, scope.environment).await?;
+    let who = format!("registry {}", registry::host(reference));
+    let work = patiently(scope, &who, async || {
+        let docker = engine(scope).await?;
+        let here = docker.inspect_image(reference).await.is_ok();
+        if here && reference.contains('@') {
+            return Ok(());
+        }
+        let pulled = pull_once(&docker, reference, &logins).await;
+        match pulled {
+            Err(Trouble::Away(error)) if here => {
+                scope.log.line(format!("{who} does not answer, so the copy of {reference} that is here is used: {error:#}"));
+                Ok(())
+            }
+            pulled => pulled,
+        }
+    });
+    limited(scope, &format!("the pull of {reference}"), limit, work).await
+}
+
+async fn pull_once(docker: &Docker, reference: &str, logins: &Logins) -> Result<(), Trouble> {
+    let (name, version) = registry::split(reference);
+    let options = CreateImageOptionsBuilder::default()
+        .from_image(name)
+        .tag(version)
+        .build();
+    let mut stream = pin!(docker.create_image(Some(options), None, logins.of(reference)));
+    while let Some(item) = stream.next().await {
+        let words = match item {
+            Ok(_) => continue,
+            Err(
+                Error::DockerStreamError { error: words }
+                | Error::DockerResponseServerError { message: words, .. },
+            ) => words,
+            Err(error) => return Err(Trouble::of(error, format!("cannot pull {reference}"))),
+        };
+        let words = logins.scrub(&words);
+        if docker::registry_is_away(&words) {
+            return Err(Trouble::Away(anyhow!("cannot pull {reference}: {words}")));
+        }
+        let cause = Cause::new(
+            "test_image_unavailable",
+            format!("the image {reference} of a test cannot be pulled: {words}"),
+        )
+        .object("pipeline.yaml")
+        .hint("check its name, and that the agent's login may pull it");
+        return Err(Trouble::Final(StageError::Failed(cause)));
+    }
+    Ok(())
+}
+
+async fn run_one(
+    scope: &Scope<'_>,
+    checked_out: &CheckedOut,
+    test: &Test,
+    number: usize,
+    image: &str,
+) -> StageResult<()> {
+    let docker = engine(scope).await?;
+    let name = format!(
+        "landfall-{}-{}-{number}",
+        scope.build.id, scope.build.attempt
+    );
+    let container = Container::create(
+        scope,
+        &docker,
+        &name,
+        body(scope, &docker, checked_out, test, image).await?,
+    )
+    .await?;
+    let limit = Duration::from_secs(
+        scope
+            .environment
+            .limits
+            .test_timeout_seconds
+            .min(test.timeout_seconds),
+    );
+    let what = format!("the test {:?}", test.name);
+    let mut failed = FailedTests::default();
+    let result = limited(
+        scope,
+        &what,
+        limit,
+        watch(scope, &docker, test, &container.id, &mut failed),
+    )
+    .await;
+    let state = match &result {
+        Ok(_) => docker
+            .inspect_container(&container.id, None)
+            .await
+            .map_err(lost),
+        Err(_) => Ok(Default::default()),
+    };
+    container.remove().await;
+    let code = result?;
+    let state = state?.state.unwrap_or_default();
+    judge(scope, test, code, state.oom_killed == Some(true), &failed)
+}
+
+fn judge(
+    scope: &Scope<'_>,
+    test: &Test,
+    code: i64,
+    out_of_memory: bool,
+    failed: &FailedTests,
+) -> StageResult<()> {
+    let name = &test.name;
+    let cause = match (out_of_memory, code) {
+        (false, 0) => return Ok(()),
+        (true, _) => {
+            let mebibytes = scope.environment.limits.test_memory_bytes >> 20;
+            Cause::new("tests_failed", format!("the test {name:?} ran out of memory: its limit is {mebibytes} MiB"))
+                .hint("let it use less, or have the operator raise limits.test_memory_bytes in agent.yaml")
+        }
+        (false, EXIT_KILLED) => Cause::new(
+            "tests_failed",
+            format!("the test {name:?} was killed (exit code {EXIT_KILLED}){failed}"),
+        )
+        .hint("its output is in the log above"),
+        (false, code) => Cause::new(
+            "tests_failed",
+            format!("the test {name:?} ended with exit code {code}{failed}"),
+        )
+        .hint("its output is in the log above"),
+    };
+    Err(StageError::Failed(cause.object("pipeline.yaml")))
+}
+
+/// All that a test container gets. No binds, no devices, no host namespaces, no added rights, by construction.
+async fn body(
+    scope: &Scope<'_>,
+    docker: &Docker,
+    checked_out: &CheckedOut,
+    test: &Test,
+    image: &str,
+) -> StageResult<ContainerCreateBody> {
+    let limits = &scope.environment.limits;
+    let info = docker.info().await.map_err(lost)?;
+    // Docker refuses more than the machine has.
+    let cpus = i64::try_from(limits.test_cpus)
+        .unwrap_or(i64::MAX)
+        .min(info.ncpu.unwrap_or(i64::MAX))
+        .max(1);
+    let memory = i64::try_from(limits.test_memory_bytes).unwrap_or(i64::MAX);
+    let has_network = test.network && limits.test_network;
+    if test.network && !has_network {
+        scope.log.line("this test asks for a network, which agent.yaml does not allow (limits.test_network): it has none");
+    }
+    let host = HostConfig {
+        memory: Some(memory),
+        memory_swap: Some(memory),
+        nano_cpus: Some(cpus.saturating_mul(1_000_000_000)),
+        pids_limit: Some(i64::try_from(limits.test_processes).unwrap_or(i64::MAX)),
+        cap_drop: Some(vec!["ALL".to_owned()]),
+        security_opt: Some(vec!["no-new-privileges".to_owned()]),
+        network_mode: Some(if has_network { "bridge" } else { "none" }.to_owned()),
+        ipc_mode: Some("private".to_owned()),
+        // The output is read as it comes; Docker keeps no second copy.
+        log_config: Some(HostConfigLogConfig {
+            typ: Some("none".to_owned()),
+            config: None,
+        }),
+        ..HostConfig::default()
+    };
+    let labels = HashMap::from([
+        (buildkit::LABEL_BUILD.to_owned(), scope.build.id.to_string()),
+        (
+            buildkit::LABEL_ENVIRONMENT.to_owned(),
+            scope.environment.name.clone(),
+        ),
+        (LABEL_AGENT.to_owned(), std::process::id().to_string()),
+    ]);
+    Ok(ContainerCreateBody {
+        image: Some(image.to_owned()),
+        entrypoint: Some(vec!["/bin/sh".to_owned(), "-c".to_owned()]),
+        cmd: Some(vec![test.run.clone()]),
+        env: Some(vec![
+            "CI=true".to_owned(),
+            format!("GIT_COMMIT={}", checked_out.commit),
+        ]),
+        labels: Some(labels),
+        attach_stdout: Some(true),
+        attach_stderr: Some(true),
+        host_config: Some(host),
+        ..ContainerCreateBody::default()
+    })
+}
+
+/// Starts the container and passes its output on until it has ended: its exit code.
+async fn watch(
+    scope: &Scope<'_>,
+    docker: &Docker,
+    test: &Test,
+    id: &str,
+    failed: &mut FailedTests,
+) -> StageResult<i64> {
+    let options = AttachContainerOptionsBuilder::default()
+        .stdout(true)
+        .stderr(true)
+        .stream(true)
+        .build();
+    let mut output = docker
+        .attach_container(id, Some(options))
+        .await
+        .map_err(lost)?
+        .output;
+    docker
+        .start_container(id, None::<StartContainerOptions>)
+        .await
+        .map_err(|error| cannot_start(test, error))?;
+    let drained = async {
+        while let Some(piece) = output.next().await {
+            let bytes = piece.map_err(lost)?.into_bytes();
+            failed.see(&bytes);
+            scope.log.output(&bytes).await;
+        }
+        Ok(())
+    };
+    // Asked from the start, so that an engine that goes away is seen, and its end not taken for the test's.
+    let (drained, code) = tokio::join!(drained, exit_code(docker, id));
+    drained.and(code)
+}
+
+async fn exit_code(docker: &Docker, id: &str) -> StageResult<i64> {
+    let options = WaitContainerOptionsBuilder::default()
+        .condition("not-running")
+        .build();
+    let mut stream = pin!(docker.wait_container(id, Some(options)));
+    match stream.next().await {
+        Some(Ok(end)) => Ok(end.status_code),
+        Some(Err(Error::DockerContainerWaitError { code, .. })) => Ok(code),
+        Some(Err(error)) => Err(lost(error)),
+        None => Err(anyhow!("Docker does not say how the test ended").into()),
+    }
+}
+
+fn lost(error: Error) -> StageError {
+    StageError::Agent(anyhow!(error).context("Docker was lost while a test ran"))
+}
+
+fn cannot_start(test: &Test, error: Error) -> StageError {
+    match &error {
+        Error::DockerResponseServerError { message, .. } if message.contains("/bin/sh") => StageError::Failed(
+            Cause::new("tests_failed", format!("the test {:?} cannot start: its image has no /bin/sh", test.name))
+                .object("pipeline.yaml")
+                .hint("`run` needs a shell: name a stage of the Dockerfile, or an image, that has one"),
+        ),
+        _ => StageError::Agent(anyhow!(error).context(format!("cannot start the container of the test {:?}", test.name))),
+    }
+}
+
+/// A container that is removed when we let go of it.
+struct Container {
+    docker: Docker,
+    id: String,
+    removed: bool,
+}
+
+impl Container {
+    async fn create(
+        scope: &Scope<'_>,
+        docker: &Docker,
+        name: &str,
+        body: ContainerCreateBody,
+    ) -> StageResult<Self> {
+        if scope.cancel.is_cancelled() {
+            return Err(StageError::Canceled);
+        }
+        let options = CreateContainerOptionsBuilder::default().name(name).build();
+        let mut created = docker
+            .create_container(Some(options.clone()), body.clone())
+            .await;
+        if matches!(
+            &created,
+            Err(Error::DockerResponseServerError {
+                status_code: 409,
+                ..
+            })
+        ) {
+            // Of an agent that was killed in this very attempt.
+            remove(docker, name).await?;
+            created = docker.create_container(Some(options), body).await;
+        }
+        let created = created
+            .map_err(|error| anyhow!(error).context("cannot create the test's container"))?;
+        Ok(Self {
+            docker: docker.clone(),
+            id: created.id,
+            removed: false,
+        })
+    }
+
+    async fn remove(mut self) {
+        self.removed = true;
+        if let Err(error) = remove(&self.docker, &self.id).await {
+            tracing::warn!(container = %self.id, "cannot remove a test's container; the sweep will: {error:#}");
+        }
+    }
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        if self.removed {
+            return;
+        }
+        let (docker, id) = (self.docker.clone(), std::mem::take(&mut self.id));
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move { remove(&docker, &id).await });
+        }
+    }
+}
+
+/// Kills and removes it with its anonymous volumes; one that is gone is fine.
+async fn remove(docker: &Docker, id: &str) -> anyhow::Result<()> {
+    let options: RemoveContainerOptions = RemoveContainerOptionsBuilder::default()
+        .force(true)
+        .v(true)
+        .build();
+    let removed =
+        tokio::time::timeout(REMOVE_TIMEOUT, docker.remove_container(id, Some(options))).await?;
+    match removed {
+        Err(Error::DockerResponseServerError {
+            status_code: 404 | 409,
+            ..
+        })
+        | Ok(()) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}

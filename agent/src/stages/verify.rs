@@ -1,1 +1,274 @@
-//! Verify: watch the rollout.
+//! Verify: watch the rollout until it is complete or dead, and show what stands in the end.
+//!
+//! `cluster::observe` looks, `cluster::rollout` judges, this stage waits in between and writes the log. What cannot be
+//! seen is waited for and ends as errored; it is never a failure of the release.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use tokio::time::Instant;
+
+use super::{Applied, RolledOut, Scope, StageError, StageResult};
+use crate::builds::Cause;
+use crate::cluster::Cluster;
+use crate::cluster::observe::{self, BLIND_RETRY, Changes, Observer, Sight, Unseen};
+use crate::cluster::rollout::{self, History, Verdict};
+use crate::cluster::snapshot::{Snapshot, Target};
+use crate::cluster::tables;
+use crate::release::Release;
+
+/// Rules that count seconds are looked at so often, and so often a lost watch is made up for.
+const LOOK_EVERY: Duration = Duration::from_millis(750);
+/// What a failure shows of the events.
+const EVENTS_SHOWN: usize = 8;
+
+/// Waits until every workload of the release is rolled out, within pipeline.yaml's `verify: timeout_seconds`.
+pub async fn run(
+    scope: &Scope<'_>,
+    release: &Release,
+    applied: &Applied,
+) -> StageResult<RolledOut> {
+    let cluster = Cluster::connect(scope.environment).await?;
+    let targets = Target::applied(release, &applied.objects);
+    let limit = Duration::from_secs(release.verify.timeout_seconds);
+    if applied.changed_nothing() {
+        scope
+            .log
+            .line("The apply changed nothing; what stands is verified all the same.");
+    }
+    let mut rollout = Rollout {
+        targets: &targets,
+        observer: Observer::new(&cluster),
+        histories: targets.iter().map(|_| History::default()).collect(),
+        told: vec![String::new(); targets.len()],
+        snapshots: Vec::new(),
+    };
+    let judged = tokio::select! {
+        biased;
+        () = scope.cancel.cancelled() => Err(StageError::Canceled),
+        judged = rollout.watch(scope, &cluster, limit) => judged.map_err(|error| masked(scope, error)),
+    };
+    match &judged {
+        Ok(()) => {
+            for target in &targets {
+                scope
+                    .log
+                    .line(format!("{} successfully rolled out", target.display_name()));
+            }
+            rollout.remark(scope);
+            show(scope, &cluster).await;
+        }
+        Err(StageError::Failed(cause) | StageError::TimedOut(cause)) => {
+            scope
+                .log
+                .line(format!("The rollout failed: {}", cause.sentence));
+            show(scope, &cluster).await;
+            rollout.show_events(scope);
+        }
+        Err(_) => {}
+    }
+    judged?;
+    let revisions = targets.iter().zip(&rollout.snapshots);
+    let revisions =
+        revisions.map(|(target, snapshot)| (target.display_name(), rollout::revision(snapshot)));
+    Ok(RolledOut {
+        release_id: release.id,
+        revisions: revisions.collect(),
+    })
+}
+
+struct Rollout<'a> {
+    targets: &'a [Target],
+    observer: Observer<'a>,
+    histories: Vec<History>,
+    /// The last progress line of each workload.
+    told: Vec<String>,
+    /// The newest of each workload.
+    snapshots: Vec<Snapshot>,
+}
+
+impl Rollout<'_> {
+    async fn watch(
+        &mut self,
+        scope: &Scope<'_>,
+        cluster: &Cluster,
+        limit: Duration,
+    ) -> StageResult<()> {
+        let mut deadline = Instant::now() + limit;
+        let mut sight = Sight::new(Duration::from_secs(
+            scope.environment.limits.unreachable_seconds,
+        ));
+        let mut changes = None;
+        loop {
+            match self.look().await {
+                Ok(gone) => {
+                    if let Some(away) = sight.seen() {
+                        scope.log.line(format!(
+                            "The cluster is in sight again after {} s.",
+                            away.as_secs()
+                        ));
+                        // Time in which nothing could be seen is not the release's.
+                        deadline += away;
+                    }
+                    gone.map_or(Ok(()), |cause| Err(StageError::Failed(cause)))?;
+                }
+                Err(unseen) => {
+                    let line = format!("The cluster cannot be seen, waiting: {:#}", unseen.error);
+                    if sight.unseen(unseen)? {
+                        scope.log.line(line);
+                    }
+                    tokio::time::sleep(BLIND_RETRY).await;
+                    continue;
+                }
+            }
+            self.tell_last_words(scope);
+            if self.judge(scope)? {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(self.out_of_time(limit));
+            }
+            let changes =
+                changes.get_or_insert_with(|| Changes::of(cluster, self.snapshots.iter()));
+            changes.next(LOOK_EVERY).await;
+        }
+    }
+
+    /// Reads every workload anew; answers with a cause where one is gone.
+    async fn look(&mut self) -> Result<Option<Cause>, Unseen> {
+        let mut snapshots = Vec::with_capacity(self.targets.len());
+        for target in self.targets {
+            let Some(snapshot) = self.observer.snapshot(target).await? else {
+                let name = target.display_name();
+                let cause = Cause::new(
+                    "changed_by_another",
+                    format!("{name} was deleted by another while it rolled out"),
+                );
+                return Ok(Some(cause.object(name)));
+            };
+            snapshots.push(snapshot);
+        }
+        self.snapshots = snapshots;
+        Ok(None)
+    }
+
+    /// True where all are complete.
+    fn judge(&mut self, scope: &Scope<'_>) -> StageResult<bool> {
+        let autoscale = scope.environment.nodes_autoscale;
+        let mut all_complete = true;
+        let parts = self
+            .targets
+            .iter()
+            .zip(&self.snapshots)
+            .zip(self.histories.iter_mut().zip(&mut self.told));
+        for ((target, snapshot), (history, told)) in parts {
+            let line = match rollout::judge(target, snapshot, autoscale, history) {
+                Verdict::Complete => format!("{}: complete", target.display_name()),
+                Verdict::Failed(cause) => return Err(StageError::Failed(cause)),
+                Verdict::NotYet { progress } => {
+                    all_complete = false;
+                    progress
+                }
+            };
+            if *told != line {
+                scope.log.line(&line);
+                *told = line;
+            }
+        }
+        Ok(all_complete)
+    }
+
+    fn out_of_time(&mut self, limit: Duration) -> StageError {
+        let parts = self
+            .targets
+            .iter()
+            .zip(&self.snapshots)
+            .zip(&mut self.histories);
+        let mut causes = parts.filter_map(|((target, snapshot), history)| {
+            rollout::at_deadline(target, snapshot, limit, history)
+        });
+        if let Some(cause) = causes.next() {
+            return StageError::Failed(cause);
+        }
+        let slow = self
+            .told
+            .iter()
+            .find(|line| !line.ends_with(": complete"))
+            .cloned()
+            .unwrap_or_default();
+        let cause = Cause::new(
+            "time_out",
+            format!("the rollout took longer than {} s: {slow}", limit.as_secs()),
+        )
+        .hint("give it more time with `verify: timeout_seconds`");
+        StageError::TimedOut(cause)
+    }
+
+    fn tell_last_words(&mut self, scope: &Scope<'_>) {
+        for (who, words) in self.observer.take_new_words() {
+            scope.log.line(format!("Last words of {who}:"));
+            for line in words.lines() {
+                scope.log.line(format!("  | {line}"));
+            }
+        }
+    }
+
+    fn remark(&self, scope: &Scope<'_>) {
+        for (target, snapshot) in self.targets.iter().zip(&self.snapshots) {
+            for remark in rollout::remarks(target, snapshot) {
+                scope.log.line(remark);
+            }
+        }
+    }
+
+    fn show_events(&self, scope: &Scope<'_>) {
+        for snapshot in &self.snapshots {
+            let mut own = vec![snapshot.workload.uid()];
+            own.extend(
+                snapshot
+                    .new_replica_set()
+                    .and_then(|set| set.metadata.uid.as_deref()),
+            );
+            own.extend(
+                snapshot
+                    .new_pods()
+                    .into_iter()
+                    .map(crate::cluster::snapshot::uid),
+            );
+            let events: Vec<_> = own
+                .into_iter()
+                .flat_map(|uid| snapshot.events_of(uid))
+                .collect();
+            let lines = tables::event_lines(&events, Timestamp::now(), EVENTS_SHOWN);
+            if !lines.is_empty() {
+                scope.log.line("\nEvents");
+            }
+            lines.iter().for_each(|line| scope.log.line(line));
+        }
+    }
+}
+
+/// A cause leaves the log, and may hold what the program said last.
+pub(super) fn masked(scope: &Scope<'_>, error: StageError) -> StageError {
+    let mask = |mut cause: Cause| {
+        cause.sentence = scope.log.masked(&cause.sentence);
+        cause
+    };
+    match error {
+        StageError::Failed(cause) => StageError::Failed(mask(cause)),
+        StageError::TimedOut(cause) => StageError::TimedOut(mask(cause)),
+        other => other,
+    }
+}
+
+/// What stands now; a cluster that cannot be seen just then is no reason to fail.
+async fn show(scope: &Scope<'_>, cluster: &Cluster) {
+    match observe::listing(cluster).await {
+        Ok(listing) => tables::lines(&listing, Timestamp::now())
+            .iter()
+            .for_each(|line| scope.log.line(line)),
+        Err(unseen) => scope
+            .log
+            .line(format!("What stands cannot be shown: {:#}", unseen.error)),
+    }
+}

@@ -1,0 +1,15 @@
+# The commands for people. The work is done by cargo and by the scripts in dev/.
+export CARGO_TARGET_DIR ?= $(CURDIR)/target
+
+.DEFAULT_GOAL := help
+.PHONY: help cluster cluster-down
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+cluster: ## makes or starts the demo's cluster: a real Kubernetes in one container
+	@dev/cluster up landfall-demo
+
+cluster-down: ## removes the clusters and the images that were made for them
+	@dev/cluster down landfall-demo landfall-test
+	@dev/setup clean

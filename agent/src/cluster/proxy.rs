@@ -1,0 +1,228 @@
+//! Requests to pods and Services through the API server: no NodePort and no route into the cluster is needed.
+//!
+//! What the program answered is told from what the API server says by itself: only the former is an answer.
+
+use std::time::{Duration, Instant};
+
+use http_body_util::BodyExt;
+use kube::client::Body;
+
+use super::Cluster;
+
+/// One request, connecting and body included.
+pub const REQUEST_LIMIT: Duration = Duration::from_secs(10);
+/// More of a body is not looked at.
+pub const BODY_BYTES_MAX: usize = 1024 * 1024;
+
+/// What the program answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    pub status: u16,
+    /// At most `BODY_BYTES_MAX`.
+    pub body: Vec<u8>,
+    pub took: Duration,
+}
+
+/// What came of one request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Asked {
+    Answered(Answer),
+    /// The Service leads to no pod that is ready.
+    NoEndpoints,
+    /// The pod is reached, but nobody there takes the request.
+    NobodyThere(String),
+    /// The API server could not pass it on; that says nothing about the program.
+    Blind(String),
+    /// We may not ask at all.
+    Forbidden(String),
+}
+
+/// Where to ask: `pods` or `services`, its name, and its port's number or name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    pub resource: &'static str,
+    pub name: String,
+    pub port: String,
+    pub tls: bool,
+}
+
+/// Whether this may stand after `/proxy`: nothing that leads out of it, for whoever normalises paths on the way.
+pub fn is_plain_path(path: &str) -> bool {
+    let bare = path.split(['?', '#']).next().unwrap_or_default();
+    let decoded = percent_encoding::percent_decode_str(bare).decode_utf8_lossy();
+    path.starts_with('/')
+        && !path.starts_with("//")
+        && !path
+            .chars()
+            .any(|c| c.is_control() || c.is_whitespace() || c == '\\' || c == '#')
+        && path.is_ascii()
+        && !decoded.contains('\\')
+        && decoded
+            .split('/')
+            .all(|segment| segment != ".." && segment != ".")
+}
+
+/// GETs `path` of a pod or a Service; never follows a redirect.
+pub async fn get(cluster: &Cluster, place: &Place, path: &str) -> Asked {
+    let begun = Instant::now();
+    match tokio::time::timeout(REQUEST_LIMIT, request(cluster, place, path)).await {
+        Ok(Ok((status, body))) => judge(status, body, begun.elapsed()),
+        Ok(Err(error)) => Asked::Blind(format!("{error:#}")),
+        Err(_) => Asked::NobodyThere(format!("no answer within {} s", REQUEST_LIMIT.as_secs())),
+    }
+}
+
+async fn request(cluster: &Cluster, place: &Place, path: &str) -> anyhow::Result<(u16, Vec<u8>)> {
+    let Place {
+        resource,
+        name,
+        port,
+        tls,
+    } = place;
+    let scheme = if *tls { "https:" } else { "" };
+    let uri = format!(
+        "/api/v1/namespaces/{}/{resource}/{scheme}{name}:{port}/proxy{path}",
+        cluster.namespace
+    );
+    let request = hyper::Request::get(uri).body(Body::empty())?;
+    let response = cluster.client.send(request).await?;
+    let status = response.status().as_u16();
+    let mut body = response.into_body();
+    let mut bytes = Vec::new();
+    while let Some(frame) = body.frame().await {
+        let Ok(data) = frame?.into_data() else {
+            continue;
+        };
+        bytes.extend_from_slice(&data);
+        if bytes.len() > BODY_BYTES_MAX {
+            bytes.truncate(BODY_BYTES_MAX);
+            break;
+        }
+    }
+    Ok((status, bytes))
+}
+
+fn judge(status: u16, body: Vec<u8>, took: Duration) -> Asked {
+    match own_words(status, &body) {
+        None => Asked::Answered(Answer { status, body, took }),
+        Some(told) if told.contains("no endpoints available") => Asked::NoEndpoints,
+        Some(told) if status == 401 || status == 403 => Asked::Forbidden(told),
+        Some(told) => {
+            let reached = told
+                .split_once("error trying to reach service: ")
+                .map(|(_, why)| why.to_owned());
+            let nobody = [
+                "connection refused",
+                "EOF",
+                "connection reset",
+                "malformed HTTP",
+                "server gave HTTP response",
+            ];
+            match reached {
+                Some(why) if nobody.iter().any(|word| why.contains(word)) => {
+                    Asked::NobodyThere(why)
+                }
+                _ => Asked::Blind(told),
+            }
+        }
+    }
+}
+
+/// What the API server itself said; None where the words are the program's.
+fn own_words(status: u16, body: &[u8]) -> Option<String> {
+    if status < 400 {
+        return None;
+    }
+    if let Ok(json) = serde_json::from_slice::<serde_json::Value>(body)
+        && json.get("kind").and_then(|kind| kind.as_str()) == Some("Status")
+        && json.get("apiVersion").and_then(|version| version.as_str()) == Some("v1")
+    {
+        let message = json
+            .get("message")
+            .and_then(|message| message.as_str())
+            .unwrap_or("no message");
+        return Some(message.to_owned());
+    }
+    let text = String::from_utf8_lossy(body);
+    text.trim_start()
+        .starts_with("error trying to reach service")
+        .then(|| text.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_api_server_says_is_no_answer_of_the_program() {
+        let status = |message: &str| {
+            serde_json::json!({"kind": "Status", "apiVersion": "v1", "message": message})
+                .to_string()
+                .into_bytes()
+        };
+        let judged = |code, body| judge(code, body, Duration::ZERO);
+        assert_eq!(
+            judged(503, status("no endpoints available for service \"web\"")),
+            Asked::NoEndpoints
+        );
+        assert!(matches!(
+            judged(
+                503,
+                status(
+                    "error trying to reach service: dial tcp 10.0.0.1:80: connect: connection refused"
+                )
+            ),
+            Asked::NobodyThere(_)
+        ));
+        assert!(matches!(
+            judged(
+                503,
+                status("error trying to reach service: dial tcp 10.0.0.1:80: i/o timeout")
+            ),
+            Asked::Blind(_)
+        ));
+        assert!(matches!(
+            judged(502, b"error trying to reach service: EOF".to_vec()),
+            Asked::NobodyThere(_)
+        ));
+        assert!(matches!(
+            judged(403, status("pods \"x\" is forbidden")),
+            Asked::Forbidden(_)
+        ));
+        assert!(matches!(
+            judged(500, status("etcdserver: request timed out")),
+            Asked::Blind(_)
+        ));
+        assert!(matches!(
+            judged(503, b"warming up".to_vec()),
+            Asked::Answered(_)
+        ));
+        assert!(matches!(
+            judged(200, status("I am a program that answers like this")),
+            Asked::Answered(_)
+        ));
+    }
+
+    #[test]
+    fn a_path_cannot_lead_out_of_the_proxy() {
+        for good in ["/", "/health", "/a/b?c=d&e=..", "/%20", "/..a"] {
+            assert!(is_plain_path(good), "{good}");
+        }
+        for bad in [
+            "",
+            "health",
+            "/../../secrets",
+            "/a/%2e%2e/b",
+            "/a/%2E./b",
+            "//host/",
+            "/a b",
+            "/a\r\nX: y",
+            "/\\..\\x",
+            "/.%2e/",
+            "/ä",
+            "/a#b",
+        ] {
+            assert!(!is_plain_path(bad), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,544 @@
+//! Is it done, may it still come to be, or is it dead: the judgement of a rollout.
+//!
+//! Pure: a snapshot and what was seen before it in, a verdict out. The rules are kubectl's counts, and what kubectl does
+//! not look at: whose template it is, and what died since the apply. A slow start is never a failure before its time.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use jiff::Timestamp;
+
+use super::diagnose::{self, Patience, Sign, recent_probe_failure};
+use super::snapshot::{
+    Running, Snapshot, Target, Workload, created, has_ended, is_ready, is_terminating, name, uid,
+};
+use crate::builds::Cause;
+
+/// A container that died once and runs again must run for so long before the rollout counts as complete.
+const CALM_MIN: Duration = Duration::from_secs(20);
+/// A sign that was not seen for so long is a new one when it comes again (pulling is tried in turns).
+const SIGN_GONE: Duration = Duration::from_secs(15);
+/// Clocks of two API servers, and seconds cut off.
+const CLOCK_SLACK: Duration = Duration::from_secs(2);
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    Complete,
+    Failed(Cause),
+    /// One line for people: how far it is.
+    NotYet {
+        progress: String,
+    },
+}
+
+/// What one watch of one workload remembers between its snapshots.
+#[derive(Debug, Default)]
+pub struct History {
+    begun: bool,
+    /// Deaths that were there already when the watch began, by pod and container.
+    deaths_before: HashMap<(String, String), i32>,
+    deaths: HashMap<(String, String), (i32, Timestamp)>,
+    signs: HashMap<(String, String), (Timestamp, Timestamp)>,
+    moved: Option<(String, Timestamp)>,
+}
+
+/// Judges one snapshot; call it with every snapshot, in the order in which they were taken.
+pub fn judge(
+    target: &Target,
+    snapshot: &Snapshot,
+    nodes_autoscale: bool,
+    history: &mut History,
+) -> Verdict {
+    let signs = history.take_in(target, snapshot, nodes_autoscale);
+    if target
+        .uid
+        .as_deref()
+        .is_some_and(|uid| uid != snapshot.workload.uid())
+    {
+        let sentence = format!(
+            "{} was deleted and made anew by another while it rolled out",
+            target.display_name()
+        );
+        return Verdict::Failed(
+            Cause::new("changed_by_another", sentence).object(target.display_name()),
+        );
+    }
+    if let Some(cause) = job_failed(target, snapshot) {
+        return Verdict::Failed(cause);
+    }
+    let counted = counted(target, snapshot);
+    let ripe = signs.iter().find(|sign| {
+        // Where all counts are right, only what dies or was taken from us speaks against it.
+        let counts = counted.is_err()
+            || matches!(sign.cause.id.as_str(), "changed_by_another")
+            || is_death(sign);
+        counts && history.is_ripe(sign, snapshot)
+    });
+    if let Some(sign) = ripe {
+        let told = if sign.cause.id == "progress_deadline" {
+            signs.first().unwrap_or(sign)
+        } else {
+            sign
+        };
+        return Verdict::Failed(told.cause.clone());
+    }
+    match counted.and_then(|()| history.is_calm(target, snapshot)) {
+        Ok(()) => Verdict::Complete,
+        Err(mut progress) => {
+            if let Some(sign) = signs.first() {
+                progress = format!("{progress}; {}", sign.cause.sentence);
+            }
+            Verdict::NotYet {
+                progress: format!("{}: {progress}", target.display_name()),
+            }
+        }
+    }
+}
+
+/// The most telling reason why it is not complete when time has run out; None where nothing is wrong but slow.
+pub fn at_deadline(
+    target: &Target,
+    snapshot: &Snapshot,
+    limit: Duration,
+    history: &mut History,
+) -> Option<Cause> {
+    let signs = history.take_in(target, snapshot, false);
+    let mut cause = signs.into_iter().next()?.cause;
+    cause.sentence = format!("{} (after {} s)", cause.sentence, limit.as_secs());
+    Some(cause)
+}
+
+fn is_death(sign: &Sign) -> bool {
+    matches!(
+        sign.cause.id.as_str(),
+        "crash_loop" | "oom_killed" | "cannot_start" | "wrong_architecture"
+    ) || (sign.cause.id == "liveness_failed" && sign.patience == Patience::None)
+}
+
+impl History {
+    /// Takes note of a snapshot and returns its signs.
+    fn take_in(
+        &mut self,
+        target: &Target,
+        snapshot: &Snapshot,
+        nodes_autoscale: bool,
+    ) -> Vec<Sign> {
+        let containers: Vec<Running<'_>> = snapshot
+            .own_pods()
+            .into_iter()
+            .flat_map(Running::all)
+            .collect();
+        if !self.begun {
+            self.begun = true;
+            self.deaths_before = containers
+                .iter()
+                .filter(|container| !is_since(target, snapshot, container))
+                .map(|container| (container.key(), container.deaths()))
+                .collect();
+        }
+        for container in &containers {
+            let deaths = self.deaths_of(container);
+            let seen = self
+                .deaths
+                .entry(container.key())
+                .or_insert((deaths, snapshot.now));
+            if seen.0 != deaths {
+                *seen = (deaths, snapshot.now);
+            }
+        }
+        let fingerprint = fingerprint(snapshot);
+        if self
+            .moved
+            .as_ref()
+            .is_none_or(|(before, _)| *before != fingerprint)
+        {
+            self.moved = Some((fingerprint, snapshot.now));
+        }
+        let signs = diagnose::signs(target, snapshot, nodes_autoscale, &|container| {
+            self.deaths_of(container)
+        });
+        for sign in &signs {
+            let seen = self
+                .signs
+                .entry(key(sign))
+                .or_insert((snapshot.now, snapshot.now));
+            if since(seen.1, snapshot.now) > SIGN_GONE {
+                seen.0 = snapshot.now;
+            }
+            seen.1 = snapshot.now;
+        }
+        signs
+    }
+
+    /// Deaths since our apply; where it wrote nothing, since the watch began.
+    fn deaths_of(&self, container: &Running<'_>) -> i32 {
+        let before = self
+            .deaths_before
+            .get(&container.key())
+            .copied()
+            .unwrap_or_default();
+        (container.deaths() - before).max(0)
+    }
+
+    fn is_ripe(&self, sign: &Sign, snapshot: &Snapshot) -> bool {
+        let seen = self
+            .signs
+            .get(&key(sign))
+            .map_or(Duration::ZERO, |(first, _)| since(*first, snapshot.now));
+        match sign.patience {
+            Patience::None => true,
+            Patience::Seen(patience) => seen >= patience,
+            Patience::Quiet(patience) => {
+                let still = self
+                    .moved
+                    .as_ref()
+                    .map_or(Duration::ZERO, |(_, at)| since(*at, snapshot.now));
+                seen >= patience && still >= patience && !snapshot.anything_terminating()
+            }
+            Patience::UntilDeadline => false,
+        }
+    }
+
+    /// Nothing died lately. A program that is killed for memory or by its liveness probe looks complete in between.
+    fn is_calm(&self, target: &Target, snapshot: &Snapshot) -> Result<(), String> {
+        if matches!(snapshot.workload, Workload::Job(_)) {
+            return Ok(());
+        }
+        for pod in snapshot
+            .new_pods()
+            .into_iter()
+            .filter(|pod| !has_ended(pod))
+        {
+            for container in Running::all(pod) {
+                let Some((deaths, at)) = self
+                    .deaths
+                    .get(&container.key())
+                    .filter(|(deaths, _)| *deaths > 0)
+                else {
+                    continue;
+                };
+                let calm = calm_needed(&container);
+                if !container.is_init && since(*at, snapshot.now) < calm {
+                    let seconds = calm.as_secs();
+                    return Err(format!(
+                        "ready, but {} was restarted ({deaths}): it must run {seconds} s without another",
+                        container.display_name()
+                    ));
+                }
+            }
+            // With nothing changed, the probes of last week do not hold it up.
+            if target.changed && recent_probe_failure(pod, snapshot, "Liveness").is_some() {
+                return Err(format!(
+                    "ready, but the liveness probe of pod {} has just failed",
+                    name(pod)
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Long enough for the container's own liveness probe to end it again.
+fn calm_needed(container: &Running<'_>) -> Duration {
+    let probe = container.spec.and_then(|spec| spec.liveness_probe.as_ref());
+    let seconds = probe.map_or(0, |probe| {
+        let period = probe.period_seconds.unwrap_or(10);
+        probe.initial_delay_seconds.unwrap_or(0)
+            + period * (probe.failure_threshold.unwrap_or(3) + 1)
+    });
+    CALM_MIN.max(Duration::from_secs(
+        u64::try_from(seconds).unwrap_or_default(),
+    ))
+}
+
+/// Born after our apply: all its deaths are this release's.
+fn is_since(target: &Target, snapshot: &Snapshot, container: &Running<'_>) -> bool {
+    let (Some(applied), Some(born)) = (snapshot.applied_at(), created(&container.pod.metadata))
+    else {
+        return target.changed;
+    };
+    target.changed && born + CLOCK_SLACK >= applied
+}
+
+fn since(then: Timestamp, now: Timestamp) -> Duration {
+    Duration::try_from(now.duration_since(then)).unwrap_or_default()
+}
+
+fn key(sign: &Sign) -> (String, String) {
+    (sign.of.clone(), sign.cause.id.clone())
+}
+
+/// All that changes when something of the workload moves.
+fn fingerprint(snapshot: &Snapshot) -> String {
+    let mut pods: Vec<String> = snapshot
+        .pods
+        .iter()
+        .map(|pod| {
+            let containers: Vec<String> = Running::all(pod)
+                .iter()
+                .map(|it| {
+                    format!(
+                        "{} {} {} {:?}",
+                        it.status.name,
+                        it.status.ready,
+                        it.deaths(),
+                        it.waiting().map(|it| it.0)
+                    )
+                })
+                .collect();
+            let node = pod
+                .spec
+                .as_ref()
+                .and_then(|spec| spec.node_name.as_deref())
+                .unwrap_or_default();
+            format!("{} {} {node} {containers:?}", uid(pod), is_terminating(pod))
+        })
+        .collect();
+    pods.sort_unstable();
+    format!("{} {pods:?}", snapshot.workload.generation())
+}
+
+/// kubectl's rules, against the live number of replicas; `Err` says how far it is.
+fn counted(target: &Target, snapshot: &Snapshot) -> Result<(), String> {
+    let observed = match &snapshot.workload {
+        Workload::Deployment(it) => it
+            .status
+            .as_ref()
+            .and_then(|status| status.observed_generation),
+        Workload::StatefulSet(it) => it
+            .status
+            .as_ref()
+            .and_then(|status| status.observed_generation),
+        Workload::DaemonSet(it) => it
+            .status
+            .as_ref()
+            .and_then(|status| status.observed_generation),
+        Workload::Job(_) => Some(i64::MAX),
+    };
+    if observed.unwrap_or_default() < snapshot.workload.generation().max(target.generation) {
+        return Err("the cluster has not taken up the change yet".to_owned());
+    }
+    match &snapshot.workload {
+        Workload::Deployment(_) => deployment_counted(target, snapshot),
+        Workload::StatefulSet(_) => stateful_set_counted(snapshot),
+        Workload::DaemonSet(_) => daemon_set_counted(snapshot),
+        Workload::Job(_) => job_counted(snapshot),
+    }
+}
+
+fn deployment_counted(target: &Target, snapshot: &Snapshot) -> Result<(), String> {
+    let (Some(spec), Some(status)) = (
+        snapshot.deployment().and_then(|it| it.spec.as_ref()),
+        snapshot.deployment().and_then(|it| it.status.as_ref()),
+    ) else {
+        return Err("the cluster has not taken up the change yet".to_owned());
+    };
+    let wanted = spec.replicas.unwrap_or(1);
+    let live_release = super::snapshot::template_release(&spec.template);
+    if target.release.is_some() && live_release != target.release.as_deref() {
+        return Err("its pod template is not the one of this release".to_owned());
+    }
+    if wanted == 0 && status.replicas.unwrap_or_default() == 0 {
+        return Ok(());
+    }
+    let Some(set) = snapshot.new_replica_set() else {
+        return Err("its new ReplicaSet is not made yet".to_owned());
+    };
+    let of_set = set.status.as_ref();
+    let available = of_set
+        .and_then(|status| status.available_replicas)
+        .unwrap_or_default();
+    let updated = status.updated_replicas.unwrap_or_default();
+    let new = snapshot.new_pods();
+    let ready = i32::try_from(new.iter().filter(|pod| is_ready(pod)).count()).unwrap_or(i32::MAX);
+    let done = updated >= wanted
+        && status.replicas.unwrap_or_default() <= updated
+        && status.available_replicas.unwrap_or_default() >= updated
+        && available >= wanted
+        && ready >= wanted;
+    if done {
+        Ok(())
+    } else {
+        Err(pods_progress(snapshot, ready, wanted))
+    }
+}
+
+/// `2 of 3 new pods ready, 1 old pod terminating`.
+fn pods_progress(snapshot: &Snapshot, ready: i32, wanted: i32) -> String {
+    let plural = |count: usize| if count == 1 { "pod" } else { "pods" };
+    let (old, leaving) = snapshot.old_pods();
+    let by = if snapshot.autoscaled {
+        " (its autoscaler's number)"
+    } else {
+        ""
+    };
+    let mut progress = format!("{ready} of {wanted} new pods ready{by}");
+    if !old.is_empty() {
+        progress = format!(
+            "{progress}, {} old {} serving",
+            old.len(),
+            plural(old.len())
+        );
+    }
+    if !leaving.is_empty() {
+        progress = format!(
+            "{progress}, {} old {} terminating",
+            leaving.len(),
+            plural(leaving.len())
+        );
+    }
+    progress
+}
+
+fn stateful_set_counted(snapshot: &Snapshot) -> Result<(), String> {
+    let Workload::StatefulSet(set) = &snapshot.workload else {
+        return Ok(());
+    };
+    let (Some(spec), Some(status)) = (&set.spec, &set.status) else {
+        return Err("the cluster has not taken up the change yet".to_owned());
+    };
+    let wanted = spec.replicas.unwrap_or(1);
+    let ready = status.ready_replicas.unwrap_or_default();
+    let updated = status.updated_replicas.unwrap_or_default();
+    let rolling = spec
+        .update_strategy
+        .as_ref()
+        .and_then(|strategy| strategy.rolling_update.as_ref());
+    let partition = rolling
+        .and_then(|rolling| rolling.partition)
+        .unwrap_or_default();
+    let to_update = (wanted - partition).max(0);
+    let same_revision =
+        partition > 0 || wanted == 0 || status.update_revision == status.current_revision;
+    if ready >= wanted && updated >= to_update && same_revision {
+        return Ok(());
+    }
+    Err(format!(
+        "{updated} of {to_update} pods updated, {ready} of {wanted} ready"
+    ))
+}
+
+fn daemon_set_counted(snapshot: &Snapshot) -> Result<(), String> {
+    let Workload::DaemonSet(set) = &snapshot.workload else {
+        return Ok(());
+    };
+    let Some(status) = &set.status else {
+        return Err("the cluster has not taken up the change yet".to_owned());
+    };
+    let wanted = status.desired_number_scheduled;
+    let updated = status.updated_number_scheduled.unwrap_or_default();
+    let available = status.number_available.unwrap_or_default();
+    if updated >= wanted && available >= wanted {
+        return Ok(());
+    }
+    Err(format!(
+        "{updated} of {wanted} pods updated, {available} of {wanted} available"
+    ))
+}
+
+fn job_condition<'a>(snapshot: &'a Snapshot, types: &[&str]) -> Option<&'a str> {
+    let Workload::Job(job) = &snapshot.workload else {
+        return None;
+    };
+    let conditions = job.status.as_ref()?.conditions.as_deref()?;
+    let condition = conditions.iter().find(|condition| {
+        types.contains(&condition.type_.as_str()) && condition.status == "True"
+    })?;
+    Some(condition.message.as_deref().unwrap_or_default())
+}
+
+fn job_counted(snapshot: &Snapshot) -> Result<(), String> {
+    if job_condition(snapshot, &["Complete", "SuccessCriteriaMet"]).is_some() {
+        return Ok(());
+    }
+    let Workload::Job(job) = &snapshot.workload else {
+        return Ok(());
+    };
+    if job
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.suspend)
+        .unwrap_or_default()
+    {
+        return Err("it is suspended".to_owned());
+    }
+    let status = job.status.clone().unwrap_or_default();
+    Err(format!(
+        "{} running, {} failed",
+        status.active.unwrap_or_default(),
+        status.failed.unwrap_or_default()
+    ))
+}
+
+fn job_failed(target: &Target, snapshot: &Snapshot) -> Option<Cause> {
+    let told = job_condition(snapshot, &["Failed", "FailureTarget"])?;
+    let words = snapshot
+        .last_words
+        .values()
+        .rev()
+        .find_map(|words| diagnose::last_line(words));
+    let words = words.map(|line| format!(": {line}")).unwrap_or_default();
+    let sentence = format!(
+        "{} failed ({}){words}",
+        target.display_name(),
+        diagnose::shortened(told)
+    );
+    let hint = format!("see `kubectl logs {}`", target.display_name());
+    Some(
+        Cause::new("job_failed", sentence)
+            .object(target.display_name())
+            .hint(hint),
+    )
+}
+
+/// What is worth saying and is never a verdict: a container of the release that runs another digest than it names.
+/// Registries and runtimes may show an index's platform manifest or its configuration instead, which is the same image.
+pub fn remarks(target: &Target, snapshot: &Snapshot) -> Vec<String> {
+    let mut remarks = Vec::new();
+    for pod in snapshot.new_pods() {
+        for container in Running::all(pod) {
+            let digest = |reference: &str| {
+                reference
+                    .rsplit_once("sha256:")
+                    .map(|(_, hex)| hex.to_owned())
+            };
+            let wanted = target
+                .images
+                .iter()
+                .find(|(name, _)| *name == container.status.name);
+            let wanted = wanted.and_then(|(_, image)| digest(image));
+            let (Some(wanted), Some(runs)) = (wanted, digest(&container.status.image_id)) else {
+                continue;
+            };
+            if wanted != runs {
+                let short = |hex: &str| hex.get(..12).unwrap_or(hex).to_owned();
+                remarks.push(format!(
+                    "{} names the image sha256:{} and the node says sha256:{}: an index and its platform's manifest differ so",
+                    container.display_name(), short(&wanted), short(&runs)
+                ));
+            }
+        }
+    }
+    remarks
+}
+
+/// The number that `kubectl rollout history` shows; for other kinds the hash of their template.
+pub fn revision(snapshot: &Snapshot) -> String {
+    use super::snapshot::{REVISION_ANNOTATION, annotation};
+    match &snapshot.workload {
+        Workload::Deployment(it) => annotation(&it.metadata, REVISION_ANNOTATION)
+            .unwrap_or_default()
+            .to_owned(),
+        Workload::StatefulSet(it) => it
+            .status
+            .as_ref()
+            .and_then(|status| status.update_revision.clone())
+            .unwrap_or_default(),
+        Workload::DaemonSet(it) => it.metadata.generation.unwrap_or_default().to_string(),
+        Workload::Job(_) => String::new(),
+    }
+}
+
+#[cfg(test)]
+#[path = "rollout_tests.rs"]
+mod tests;

@@ -1,0 +1,607 @@
+//! The judge on what a real cluster showed (tests/fixtures/rollout: 6 s and 3 min after the apply), and on odd cases.
+
+use k8s_openapi::api::apps::v1::{DaemonSet, Deployment, ReplicaSet, StatefulSet};
+use k8s_openapi::api::batch::v1::Job;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::super::snapshot::Kind;
+use super::*;
+
+fn documents(name: &str) -> Vec<Value> {
+    let path = format!(
+        "{}/tests/fixtures/rollout/{name}.yaml",
+        env!("CARGO_MANIFEST_DIR")
+    );
+    let text = std::fs::read_to_string(path).unwrap();
+    serde_yaml::Deserializer::from_str(&text)
+        .map(|document| Value::deserialize(document).unwrap())
+        .collect()
+}
+
+fn of_kind<T: serde::de::DeserializeOwned>(documents: &[Value], kind: &str) -> Vec<T> {
+    let wanted = documents.iter().filter(|document| document["kind"] == kind);
+    wanted
+        .map(|document| serde_json::from_value(document.clone()).unwrap())
+        .collect()
+}
+
+/// What the fixture shows, `seconds` after its apply.
+fn snapshot(documents: &[Value], seconds: i64) -> Snapshot {
+    let deployment: Deployment = of_kind(documents, "Deployment").remove(0);
+    let applied = deployment.metadata.creation_timestamp.as_ref().unwrap().0;
+    Snapshot {
+        now: applied + Duration::from_secs(seconds.unsigned_abs()),
+        workload: Workload::Deployment(Box::new(deployment)),
+        replica_sets: of_kind::<ReplicaSet>(documents, "ReplicaSet"),
+        pods: of_kind(documents, "Pod"),
+        events: of_kind(documents, "Event"),
+        autoscaled: false,
+        last_words: super::super::snapshot::LastWords::new(),
+    }
+}
+
+fn target(snapshot: &Snapshot) -> Target {
+    let metadata = snapshot.workload.metadata();
+    Target {
+        kind: Kind::Deployment,
+        name: metadata.name.clone().unwrap(),
+        uid: metadata.uid.clone(),
+        generation: metadata.generation.unwrap(),
+        changed: true,
+        release: None,
+        images: Vec::new(),
+    }
+}
+
+/// The verdict of someone who has watched since the second second.
+fn verdict(name: &str, seconds: i64) -> Verdict {
+    let documents = documents(name);
+    let mut history = History::default();
+    let first = snapshot(&documents, 2);
+    let target = target(&first);
+    let _ = judge(&target, &first, false, &mut history);
+    judge(&target, &snapshot(&documents, seconds), false, &mut history)
+}
+
+fn failed(verdict: Verdict) -> Cause {
+    match verdict {
+        Verdict::Failed(cause) => cause,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn what_is_dead_for_good_is_failed_within_six_seconds() {
+    for (name, id, says) in [
+        ("exit1", "crash_loop", "exited with code 1 twice"),
+        ("execformat", "crash_loop", "exited with code 1 twice"),
+        (
+            "nocommand",
+            "cannot_start",
+            "stat /nosuchbinary: no such file or directory",
+        ),
+        ("oom", "oom_killed", "its limit is 16Mi"),
+        (
+            "notfound-tag",
+            "image_not_found",
+            "localhost:5001/app:nosuchtag",
+        ),
+        ("notfound-digest", "image_not_found", "does not exist"),
+        ("notfound-repo", "image_not_found", "does not exist"),
+    ] {
+        let cause = failed(verdict(&format!("{name}.early"), 6));
+        assert_eq!((cause.id.as_str(), name), (id, name), "{cause:?}");
+        assert!(cause.sentence.contains(says), "{cause:?}");
+        assert_eq!(cause.object.unwrap(), format!("deployment/{name}"));
+    }
+}
+
+#[test]
+fn what_may_pass_is_waited_for() {
+    for name in [
+        "configkey",
+        "configmap",
+        "secretvol",
+        "quota",
+        "unschedulable",
+        "registry-down",
+        "readiness",
+        "liveness",
+    ] {
+        let verdict = verdict(&format!("{name}.early"), 6);
+        assert!(
+            matches!(verdict, Verdict::NotYet { .. }),
+            "{name}: {verdict:?}"
+        );
+    }
+}
+
+#[test]
+fn what_does_not_pass_is_failed_in_its_time() {
+    for (name, seconds, id, says) in [
+        (
+            "configkey",
+            8,
+            "config_missing",
+            "couldn't find key missing in ConfigMap",
+        ),
+        (
+            "configmap",
+            8,
+            "config_missing",
+            "configmap \"nosuchmap\" not found",
+        ),
+        (
+            "secretvol",
+            8,
+            "mount_failed",
+            "secret \"nosuchsecret\" not found",
+        ),
+        ("quota", 8, "quota_exceeded", "exceeded quota: q"),
+        ("unschedulable", 11, "unschedulable", "1 Insufficient cpu"),
+        (
+            "registry-down",
+            63,
+            "registry_unreachable",
+            "connection refused",
+        ),
+    ] {
+        let cause = failed(verdict(&format!("{name}.early"), seconds));
+        assert_eq!((cause.id.as_str(), name), (id, name), "{cause:?}");
+        assert!(cause.sentence.contains(says), "{cause:?}");
+    }
+}
+
+#[test]
+fn three_minutes_later_each_has_its_own_cause() {
+    for (name, id) in [
+        ("configkey", "config_missing"),
+        ("configmap", "config_missing"),
+        ("secretvol", "mount_failed"),
+        ("quota", "quota_exceeded"),
+        ("unschedulable", "unschedulable"),
+        ("registry-down", "registry_unreachable"),
+        ("readiness", "never_ready"),
+        ("liveness", "liveness_failed"),
+        ("exit1", "crash_loop"),
+        ("execformat", "crash_loop"),
+        ("nocommand", "cannot_start"),
+        ("oom", "oom_killed"),
+        ("notfound-tag", "image_not_found"),
+        ("notfound-digest", "image_not_found"),
+        ("notfound-repo", "image_not_found"),
+    ] {
+        let cause = failed(verdict(name, 180));
+        assert_eq!((cause.id.as_str(), name), (id, name), "{cause:?}");
+        assert!(
+            !cause.sentence.ends_with('.') && !cause.sentence.contains('\n'),
+            "{cause:?}"
+        );
+    }
+}
+
+/// Events expire and get lost: only a mount that fails shows nowhere else.
+#[test]
+fn without_events_the_verdict_is_the_same() {
+    for (name, id) in [
+        ("exit1", "crash_loop"),
+        ("oom", "oom_killed"),
+        ("quota", "quota_exceeded"),
+        ("unschedulable", "unschedulable"),
+        ("configkey", "config_missing"),
+        ("liveness", "crash_loop"),
+    ] {
+        let documents: Vec<Value> = documents(name)
+            .into_iter()
+            .filter(|it| it["kind"] != "Event")
+            .collect();
+        let mut history = History::default();
+        let first = snapshot(&documents, 2);
+        let _ = judge(&target(&first), &first, false, &mut history);
+        let cause = failed(judge(
+            &target(&first),
+            &snapshot(&documents, 180),
+            false,
+            &mut history,
+        ));
+        assert_eq!((cause.id.as_str(), name), (id, name), "{cause:?}");
+    }
+}
+
+#[test]
+fn the_last_words_of_the_program_are_in_the_sentence() {
+    let documents = documents("exit1.early");
+    let mut snapshot = snapshot(&documents, 6);
+    for pod in &snapshot.pods {
+        let words = "starting\nfatal: DATABASE_URL is not set\n\n".to_owned();
+        snapshot
+            .last_words
+            .insert((uid(pod).to_owned(), "app".to_owned()), words);
+    }
+    let cause = failed(judge(
+        &target(&snapshot),
+        &snapshot,
+        false,
+        &mut History::default(),
+    ));
+    assert!(
+        cause
+            .sentence
+            .ends_with("exited with code 1 twice: fatal: DATABASE_URL is not set"),
+        "{cause:?}"
+    );
+}
+
+#[test]
+fn a_program_for_another_cpu_is_named_by_its_last_words() {
+    let documents = documents("execformat.early");
+    let mut snapshot = snapshot(&documents, 6);
+    let key = (uid(&snapshot.pods[0]).to_owned(), "app".to_owned());
+    snapshot
+        .last_words
+        .insert(key, "exec /app: exec format error".to_owned());
+    assert_eq!(
+        failed(judge(
+            &target(&snapshot),
+            &snapshot,
+            false,
+            &mut History::default()
+        ))
+        .id,
+        "wrong_architecture"
+    );
+}
+
+/// A healthy Deployment of two replicas, as it is after its rollout.
+fn healthy() -> Vec<Value> {
+    let template = json!({"metadata": {"labels": {"app": "web"}, "annotations": {"landfall.dev/release": "aaa"}},
+        "spec": {"containers": [{"name": "app", "image": "r/app@sha256:aaaa"}]}});
+    let mut of_set = template.clone();
+    of_set["metadata"]["labels"]["pod-template-hash"] = json!("h1");
+    let mut documents = vec![
+        json!({"kind": "Deployment", "metadata": {"name": "web", "uid": "d", "generation": 3, "creationTimestamp": "2026-11-23T10:00:00Z",
+            "annotations": {"deployment.kubernetes.io/revision": "3"},
+            "managedFields": [{"manager": "landfall", "operation": "Apply", "time": "2026-11-23T10:00:00Z"}]},
+            "spec": {"replicas": 2, "selector": {"matchLabels": {"app": "web"}}, "template": template},
+            "status": {"observedGeneration": 3, "replicas": 2, "updatedReplicas": 2, "readyReplicas": 2, "availableReplicas": 2,
+                "conditions": [{"type": "Progressing", "status": "True", "reason": "NewReplicaSetAvailable"}]}}),
+        json!({"kind": "ReplicaSet", "metadata": {"name": "web-h1", "uid": "rs1", "creationTimestamp": "2026-11-23T10:00:00Z",
+            "ownerReferences": [{"apiVersion": "apps/v1", "kind": "Deployment", "name": "web", "uid": "d", "controller": true}]},
+            "spec": {"replicas": 2, "selector": {"matchLabels": {"app": "web"}}, "template": of_set},
+            "status": {"replicas": 2, "readyReplicas": 2, "availableReplicas": 2}}),
+    ];
+    for number in 1..=2 {
+        documents.push(json!({"kind": "Pod", "metadata": {"name": format!("web-h1-{number}"), "uid": format!("p{number}"), "labels": {"app": "web"},
+            "creationTimestamp": "2026-11-23T10:00:01Z",
+            "ownerReferences": [{"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "web-h1", "uid": "rs1", "controller": true}]},
+            "spec": {"containers": [{"name": "app", "image": "r/app@sha256:aaaa"}]},
+            "status": {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}],
+                "containerStatuses": [{"name": "app", "image": "x", "imageID": "r/app@sha256:aaaa", "ready": true, "restartCount": 0,
+                    "state": {"running": {"startedAt": "2026-11-23T10:00:02Z"}}}]}}));
+    }
+    documents
+}
+
+fn healthy_target() -> Target {
+    Target {
+        release: Some("aaa".to_owned()),
+        images: vec![("app".to_owned(), "r/app@sha256:aaaa".to_owned())],
+        ..target(&snapshot(&healthy(), 0))
+    }
+}
+
+fn once(documents: &[Value], target: &Target) -> Verdict {
+    judge(
+        target,
+        &snapshot(documents, 30),
+        false,
+        &mut History::default(),
+    )
+}
+
+#[test]
+fn a_healthy_deployment_is_complete() {
+    assert_eq!(once(&healthy(), &healthy_target()), Verdict::Complete);
+}
+
+/// K01: right after the apply the old rollout's status still says that all is well.
+#[test]
+fn the_old_healthy_status_right_after_the_apply_completes_nothing() {
+    let mut documents = healthy();
+    documents[0]["metadata"]["generation"] = json!(4);
+    let target = Target {
+        generation: 4,
+        ..healthy_target()
+    };
+    assert!(matches!(once(&documents, &target), Verdict::NotYet { .. }));
+    // A cache that has not even seen our apply.
+    assert!(matches!(once(&healthy(), &target), Verdict::NotYet { .. }));
+}
+
+#[test]
+fn a_status_ahead_of_its_replica_set_completes_nothing() {
+    let mut documents = healthy();
+    documents[0]["spec"]["template"]["metadata"]["annotations"]["landfall.dev/release"] =
+        json!("bbb");
+    let target = Target {
+        release: Some("bbb".to_owned()),
+        ..healthy_target()
+    };
+    assert!(matches!(once(&documents, &target), Verdict::NotYet { .. }));
+}
+
+#[test]
+fn another_owners_replica_set_does_not_count() {
+    let mut documents = healthy();
+    documents[1]["metadata"]["ownerReferences"][0]["uid"] = json!("another");
+    assert!(matches!(
+        once(&documents, &healthy_target()),
+        Verdict::NotYet { .. }
+    ));
+}
+
+#[test]
+fn a_paused_deployment_is_failed_at_once_unless_it_is_complete() {
+    let mut documents = healthy();
+    documents[0]["spec"]["paused"] = json!(true);
+    assert_eq!(once(&documents, &healthy_target()), Verdict::Complete);
+    documents[0]["status"]["updatedReplicas"] = json!(0);
+    assert_eq!(failed(once(&documents, &healthy_target())).id, "paused");
+}
+
+#[test]
+fn a_template_changed_by_another_is_failed_and_names_the_image() {
+    let mut documents = healthy();
+    documents[0]["metadata"]["generation"] = json!(4);
+    documents[0]["spec"]["template"]["spec"]["containers"][0]["image"] = json!("r/app:other");
+    let cause = failed(once(&documents, &healthy_target()));
+    assert_eq!(cause.id, "changed_by_another");
+    assert!(cause.sentence.contains("r/app:other"), "{cause:?}");
+}
+
+#[test]
+fn more_replicas_by_an_autoscaler_are_waited_for() {
+    let mut documents = healthy();
+    documents[0]["metadata"]["generation"] = json!(4);
+    documents[0]["status"]["observedGeneration"] = json!(4);
+    documents[0]["spec"]["replicas"] = json!(5);
+    let Verdict::NotYet { progress } = once(&documents, &healthy_target()) else {
+        panic!()
+    };
+    assert!(progress.contains("2 of 5 new pods ready"), "{progress}");
+}
+
+#[test]
+fn nothing_to_run_is_complete() {
+    let mut documents = healthy();
+    documents.truncate(1);
+    documents[0]["spec"]["replicas"] = json!(0);
+    documents[0]["status"] = json!({"observedGeneration": 3});
+    assert_eq!(once(&documents, &healthy_target()), Verdict::Complete);
+}
+
+fn died(documents: &mut [Value], times: u64, exit_code: i64) {
+    documents[2]["status"]["containerStatuses"][0]["restartCount"] = json!(times);
+    documents[2]["status"]["containerStatuses"][0]["lastState"] =
+        json!({"terminated": {"exitCode": exit_code, "reason": "Error"}});
+}
+
+#[test]
+fn one_death_and_then_calm_is_complete() {
+    let mut documents = healthy();
+    died(&mut documents, 1, 1);
+    let mut history = History::default();
+    let at = |seconds, history: &mut History| {
+        judge(
+            &healthy_target(),
+            &snapshot(&documents, seconds),
+            false,
+            history,
+        )
+    };
+    assert!(matches!(at(30, &mut history), Verdict::NotYet { .. }));
+    assert!(matches!(at(45, &mut history), Verdict::NotYet { .. }));
+    assert_eq!(at(51, &mut history), Verdict::Complete);
+}
+
+#[test]
+fn two_deaths_are_failed_though_all_counts_are_right() {
+    let mut documents = healthy();
+    died(&mut documents, 2, 137);
+    assert_eq!(failed(once(&documents, &healthy_target())).id, "crash_loop");
+}
+
+#[test]
+fn the_deaths_of_last_week_do_not_count_where_nothing_changed() {
+    let mut documents = healthy();
+    died(&mut documents, 7, 1);
+    let target = Target {
+        changed: false,
+        ..healthy_target()
+    };
+    assert_eq!(once(&documents, &target), Verdict::Complete);
+    // Nor where only metadata changed, and the pods are older than our apply.
+    documents[0]["metadata"]["managedFields"][0]["time"] = json!("2026-11-23T10:00:20Z");
+    assert_eq!(once(&documents, &healthy_target()), Verdict::Complete);
+}
+
+#[test]
+fn a_pod_that_waits_for_the_room_of_an_old_one_is_waited_for() {
+    let mut documents = documents("unschedulable.early");
+    let mut leaving = healthy().remove(2);
+    leaving["metadata"]["deletionTimestamp"] = json!("2026-11-23T13:57:00Z");
+    documents.push(leaving);
+    let mut history = History::default();
+    let first = snapshot(&documents, 2);
+    let target = target(&first);
+    let _ = judge(&target, &first, false, &mut history);
+    assert!(matches!(
+        judge(&target, &snapshot(&documents, 60), false, &mut history),
+        Verdict::NotYet { .. }
+    ));
+    documents.pop();
+    assert!(
+        matches!(
+            judge(&target, &snapshot(&documents, 61), false, &mut history),
+            Verdict::NotYet { .. }
+        ),
+        "something just moved"
+    );
+    assert_eq!(
+        failed(judge(
+            &target,
+            &snapshot(&documents, 70),
+            false,
+            &mut history
+        ))
+        .id,
+        "unschedulable"
+    );
+}
+
+#[test]
+fn where_nodes_may_come_no_room_has_two_minutes() {
+    let documents = documents("unschedulable.early");
+    let mut history = History::default();
+    let first = snapshot(&documents, 2);
+    let target = target(&first);
+    let _ = judge(&target, &first, true, &mut history);
+    assert!(matches!(
+        judge(&target, &snapshot(&documents, 100), true, &mut history),
+        Verdict::NotYet { .. }
+    ));
+    assert_eq!(
+        failed(judge(
+            &target,
+            &snapshot(&documents, 130),
+            true,
+            &mut history
+        ))
+        .id,
+        "unschedulable"
+    );
+}
+
+#[test]
+fn an_image_that_is_there_on_the_second_try_is_no_failure() {
+    let bad = documents("registry-down.early");
+    let mut history = History::default();
+    let first = snapshot(&bad, 2);
+    let target = target(&first);
+    for seconds in [2, 5, 20, 50] {
+        assert!(matches!(
+            judge(&target, &snapshot(&bad, seconds), false, &mut history),
+            Verdict::NotYet { .. }
+        ));
+    }
+}
+
+#[test]
+fn the_deadline_names_what_was_wrong_last() {
+    let documents = documents("readiness.early");
+    let snapshot = snapshot(&documents, 20);
+    let cause = at_deadline(
+        &target(&snapshot),
+        &snapshot,
+        Duration::from_secs(20),
+        &mut History::default(),
+    )
+    .unwrap();
+    assert_eq!(cause.id, "never_ready");
+    assert!(
+        cause.sentence.contains("connection refused") && cause.sentence.ends_with("(after 20 s)"),
+        "{cause:?}"
+    );
+}
+
+fn other(workload: Workload, kind: Kind) -> (Snapshot, Target) {
+    let mut snapshot = snapshot(&healthy(), 30);
+    snapshot.workload = workload;
+    snapshot.pods.clear();
+    let target = Target {
+        kind,
+        release: None,
+        ..target(&snapshot)
+    };
+    (snapshot, target)
+}
+
+#[test]
+fn stateful_and_daemon_sets_are_judged_by_the_rules_of_kubectl() {
+    let set = |status: Value, strategy: Value| -> StatefulSet {
+        serde_json::from_value(json!({"metadata": {"name": "db", "uid": "s", "generation": 2},
+            "spec": {"replicas": 3, "serviceName": "db", "selector": {"matchLabels": {"a": "b"}}, "template": {}, "updateStrategy": strategy}, "status": status})).unwrap()
+    };
+    let judged = |status: Value, strategy: Value| {
+        let (snapshot, target) = other(
+            Workload::StatefulSet(Box::new(set(status, strategy))),
+            Kind::StatefulSet,
+        );
+        judge(&target, &snapshot, false, &mut History::default())
+    };
+    let rolling = json!({"type": "RollingUpdate"});
+    let status = |updated: i32, ready: i32, current: &str| json!({"observedGeneration": 2, "replicas": 3, "readyReplicas": ready, "updatedReplicas": updated, "currentRevision": current, "updateRevision": "new"});
+    assert_eq!(
+        judged(status(3, 3, "new"), rolling.clone()),
+        Verdict::Complete
+    );
+    assert!(matches!(
+        judged(status(3, 3, "old"), rolling.clone()),
+        Verdict::NotYet { .. }
+    ));
+    assert!(matches!(
+        judged(status(3, 2, "new"), rolling),
+        Verdict::NotYet { .. }
+    ));
+    assert_eq!(
+        judged(
+            status(1, 3, "old"),
+            json!({"type": "RollingUpdate", "rollingUpdate": {"partition": 2}})
+        ),
+        Verdict::Complete
+    );
+    assert_eq!(
+        failed(judged(status(0, 3, "old"), json!({"type": "OnDelete"}))).id,
+        "update_on_delete"
+    );
+
+    let daemon = |updated: i32, available: i32| {
+        let set: DaemonSet = serde_json::from_value(json!({"metadata": {"name": "d", "uid": "s", "generation": 2},
+            "spec": {"selector": {"matchLabels": {"a": "b"}}, "template": {}},
+            "status": {"observedGeneration": 2, "currentNumberScheduled": 2, "numberMisscheduled": 0, "numberReady": 2, "desiredNumberScheduled": 2, "updatedNumberScheduled": updated, "numberAvailable": available}})).unwrap();
+        let (snapshot, target) = other(Workload::DaemonSet(Box::new(set)), Kind::DaemonSet);
+        judge(&target, &snapshot, false, &mut History::default())
+    };
+    assert_eq!(daemon(2, 2), Verdict::Complete);
+    assert!(matches!(daemon(1, 2), Verdict::NotYet { .. }));
+    assert!(matches!(daemon(2, 1), Verdict::NotYet { .. }));
+}
+
+#[test]
+fn a_job_is_done_or_failed_by_its_own_word() {
+    let judged = |conditions: Value| {
+        let job: Job = serde_json::from_value(json!({"metadata": {"name": "migrate", "uid": "j", "generation": 1},
+            "spec": {"template": {"spec": {"containers": []}}}, "status": {"active": 1, "conditions": conditions}})).unwrap();
+        let (mut snapshot, target) = other(Workload::Job(Box::new(job)), Kind::Job);
+        snapshot.last_words.insert(
+            ("p".to_owned(), "c".to_owned()),
+            "no such table: users".to_owned(),
+        );
+        judge(&target, &snapshot, false, &mut History::default())
+    };
+    assert!(matches!(judged(json!([])), Verdict::NotYet { .. }));
+    assert_eq!(
+        judged(json!([{"type": "Complete", "status": "True"}])),
+        Verdict::Complete
+    );
+    let cause = failed(judged(
+        json!([{"type": "Failed", "status": "True", "message": "Job has reached the specified backoff limit"}]),
+    ));
+    assert_eq!(cause.id, "job_failed");
+    assert!(
+        cause.sentence.contains("backoff limit")
+            && cause.sentence.ends_with("no such table: users"),
+        "{cause:?}"
+    );
+}

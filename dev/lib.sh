@@ -1,0 +1,47 @@
+# shellcheck shell=bash disable=SC2034
+# What the scripts in dev/ share: where things are kept, how to talk, how to fail, free ports.
+# Sourced, never run. Talk goes to stderr: stdout belongs to what a script answers.
+
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cache=${CARGO_TARGET_DIR:-$repo/target}/devcluster # what takes minutes to make
+state=${LANDFALL_STATE:-$repo/.landfall}           # what belongs to this checkout
+
+say() { echo "$*" >&2; }
+
+# fail WHAT [NEXT]: what happened, what to do about it, exit 1.
+fail() {
+    say "$(basename "$0"): $1"
+    [ $# -lt 2 ] || say "  next: $2"
+    exit 1
+}
+
+# fail_with_log WHAT FILE [NEXT]: as fail, with the end of the log that explains it.
+fail_with_log() {
+    say "--- the end of $2"
+    tail -n 15 "$2" >&2 || true
+    say "---"
+    fail "$1" "${3:-the whole log is $2}"
+}
+
+have() { command -v "$1" > /dev/null; }
+is_root() { [ "$(id -u)" = 0 ]; }
+has_image() { docker image inspect "$1" > /dev/null 2>&1; }
+docker_answers() { timeout 10 docker version --format '{{.Server.Version}}' 2> /dev/null; }
+
+# install PACKAGE...: by apt where we are root, else says what to install.
+install() {
+    is_root && have apt-get || fail "missing: $*" "install it ($*) and run this again"
+    say "Installing $* ..."
+    local log=$cache/apt.log
+    mkdir -p "$cache"
+    if ! { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@"; } > "$log" 2>&1; then
+        fail_with_log "apt-get cannot install $*" "$log"
+    fi
+}
+
+# need_free_port PORT VARIABLE: fails where something listens on 127.0.0.1:PORT, and names the variable that moves it.
+need_free_port() {
+    if (exec 3<> "/dev/tcp/127.0.0.1/$1") 2> /dev/null; then
+        fail "port $1 on 127.0.0.1 is in use" "end what listens there, or move ours: $2=<another port>"
+    fi
+}
