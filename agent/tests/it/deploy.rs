@@ -205,7 +205,7 @@ spec:
       containers:
         - name: main
           image: busybox
-          command: [sleep, '10000']
+          command: [/bin/busybox, sleep, '10000']
           {container}
 "
     )
@@ -337,7 +337,7 @@ async fn what_is_not_allowed_is_named_and_nothing_is_applied() {
     assert!(
         cause
             .sentence
-            .contains("clusterrolebinding/mine in k8s/app.yaml:6 (document 3)"),
+            .contains("clusterrolebinding/mine in k8s/app.yaml:7 (document 2)"),
         "{}",
         cause.sentence
     );
@@ -708,7 +708,7 @@ async fn a_job_runs_once_and_before_the_workloads() {
     let place = Place::new("deploy-job");
     let job = |command: &str| {
         format!(
-            "---\napiVersion: batch/v1\nkind: Job\nmetadata: {{name: migrate}}\nspec:\n  backoffLimit: 0\n  template:\n    spec:\n      restartPolicy: Never\n      containers: [{{name: main, image: busybox, command: [{command}]}}]\n"
+            "---\napiVersion: batch/v1\nkind: Job\nmetadata: {{name: migrate}}\nspec:\n  backoffLimit: 0\n  template:\n    spec:\n      restartPolicy: Never\n      containers: [{{name: main, image: busybox, command: [/bin/busybox, {command}]}}]\n"
         )
     };
     let set = |command: &str, value: &str| {
