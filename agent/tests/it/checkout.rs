@@ -754,6 +754,8 @@ async fn a_broken_mirror_is_cloned_anew() {
                 std::fs::remove_file(entry.path()).unwrap();
                 std::fs::write(entry.path(), "garbage").unwrap();
             }
+        } else if damage == "HEAD" {
+            std::fs::remove_file(&place).unwrap();
         } else {
             std::fs::write(&place, "[garbage\0").unwrap();
         }
@@ -835,7 +837,10 @@ async fn submodules_stay_out_and_lfs_pointers_are_warned_of() {
             &format!("160000,{zero},sub"),
         ],
     );
-    git(&world.work(), &["add", "model.bin", ".gitmodules"]);
+    git(
+        &world.work(),
+        &["add", "pipeline.yaml", "model.bin", ".gitmodules"],
+    );
     git(&world.work(), &["commit", "-q", "-m", "Both"]);
     let commit = git(&world.work(), &["rev-parse", "HEAD"]);
     world.push("main");
