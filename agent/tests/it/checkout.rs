@@ -328,6 +328,34 @@ async fn no_children(agent: &Agent) {
 }
 
 #[tokio::test]
+async fn the_git_process_ends_when_the_agent_does() {
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let mirror = folder.path().join("x.git");
+    let request = serde_json::json!({
+        "url": format!("http://{}/x.git", silent.local_addr().unwrap()), "token": null, "ssh_key": null,
+        "mirror": mirror, "branch": "main", "job": "head", "bytes_max": 1 << 30, "seconds_max": 60,
+    });
+    let mut child = tokio::process::Command::new(EXE)
+        .arg("__git")
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let text = format!("{request}\n");
+    tokio::io::AsyncWriteExt::write_all(&mut stdin, text.as_bytes())
+        .await
+        .unwrap();
+    let _connection = silent.accept().await.unwrap();
+    assert!(child.try_wait().unwrap().is_none());
+    drop(stdin);
+    let ended = tokio::time::timeout(Duration::from_secs(2), child.wait()).await;
+    assert_eq!(ended.unwrap().unwrap().code(), Some(1));
+}
+
+#[tokio::test]
 async fn a_canceled_checkout_ends_at_once_with_its_process() {
     let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}/x.git", silent.local_addr().unwrap());
