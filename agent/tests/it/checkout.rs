@@ -613,6 +613,12 @@ async fn a_file_or_a_repository_too_large_is_refused() {
         (cause.id.as_str(), cause.object.as_deref()),
         ("too_large", Some("data/zeros.bin"))
     );
+    assert_eq!(
+        std::fs::read_dir(agent.work("main", &zeros))
+            .unwrap()
+            .count(),
+        0
+    );
 
     std::fs::remove_file(world.work().join("data/zeros.bin")).unwrap();
     let noise: String = (0u64..400_000)
