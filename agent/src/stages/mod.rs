@@ -7,10 +7,12 @@ pub mod buildkit;
 pub mod checkout;
 pub mod context;
 pub mod deploy;
+pub mod expect;
 pub mod failed_tests;
 pub mod image;
 pub mod patience;
 pub mod smoke_test;
+pub mod soak;
 pub mod steps;
 pub mod test;
 pub mod verify;
@@ -67,6 +69,20 @@ impl From<anyhow::Error> for StageError {
 impl StageError {
     pub fn failed(id: &str, sentence: impl Into<String>) -> Self {
         Self::Failed(Cause::new(id, sentence))
+    }
+
+    /// A cause leaves the log and may hold what a program said last: secrets are masked in it as they are there.
+    #[must_use]
+    pub fn masked(self, log: &StageLog) -> Self {
+        let mask = |cause: Cause| Cause {
+            sentence: log.masked(&cause.sentence),
+            ..cause
+        };
+        match self {
+            Self::Failed(cause) => Self::Failed(mask(cause)),
+            Self::TimedOut(cause) => Self::TimedOut(mask(cause)),
+            other => other,
+        }
     }
 
     pub fn timed_out(what: &str, limit: Duration) -> Self {

@@ -1,1 +1,532 @@
-//! Smoke test.
+//! Smoke test: ask every new pod, then the Service, and see that it stays well for a while.
+//!
+//! Requests go through the API server's proxy (`cluster::proxy`), or to an address outside that agent.yaml lists. A test
+//! repeats until it is good; what the API server itself answers is blindness and never a wrong answer.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{Pod, Service};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use kube::api::ListParams;
+use tokio::time::Instant;
+
+use super::expect::{self, Wrong};
+use super::{Live, RolledOut, Scope, StageError, StageResult, soak};
+use crate::builds::Cause;
+use crate::cluster::Cluster;
+use crate::cluster::observe::{Observer, Unseen, ask};
+use crate::cluster::proxy::{self, Answer, Asked, Place};
+use crate::cluster::snapshot::{self, Snapshot, Target};
+use crate::pipeline::SmokeTest;
+use crate::release::Release;
+
+/// An answer that is wrong for so long is wrong. The Service still leads to old pods for up to a second after the
+/// rollout, so nothing is judged earlier.
+const WRONG_FOR: Duration = Duration::from_secs(5);
+const PAUSE_FIRST: Duration = Duration::from_millis(200);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+/// The Service picks a pod anew for each request.
+const SERVICE_ANSWERS: u32 = 3;
+const REDIRECT_HINT: &str = "redirects are not followed: ask the address that it leads to";
+
+/// Runs the release's smoke tests in their order, then the soak.
+pub async fn run(
+    scope: &Scope<'_>,
+    release: &Release,
+    rolled_out: &RolledOut,
+) -> StageResult<Live> {
+    let cluster = Cluster::connect(scope.environment).await?;
+    let targets = Target::serving(release);
+    let mut tester = Tester {
+        scope,
+        release,
+        cluster: &cluster,
+        targets: &targets,
+        requests: 0,
+    };
+    if release.smoke_tests.is_empty() {
+        scope.log.line("pipeline.yaml has no smoke test.");
+    }
+    let tested = tokio::select! {
+        biased;
+        () = scope.cancel.cancelled() => Err(StageError::Canceled),
+        tested = tester.all() => tested,
+    };
+    let requests = tester.requests;
+    let lived = match tested {
+        Ok(()) => {
+            soak::run(
+                scope,
+                &cluster,
+                &targets,
+                Duration::from_secs(release.verify.soak_seconds),
+            )
+            .await
+        }
+        Err(error) => Err(error),
+    };
+    lived.map_err(|error| error.masked(scope.log))?;
+    Ok(Live {
+        release_id: rolled_out.release_id,
+        requests,
+    })
+}
+
+struct Tester<'a> {
+    scope: &'a Scope<'a>,
+    release: &'a Release,
+    cluster: &'a Cluster,
+    targets: &'a [Target],
+    requests: u64,
+}
+
+/// One request to be repeated: where, and until when.
+struct Question<'a> {
+    test: &'a SmokeTest,
+    /// `GET /health of pod hello-axum-5d9-x2v`.
+    what: String,
+    deadline: Instant,
+    /// So many good answers in a row.
+    answers: u32,
+}
+
+impl Tester<'_> {
+    async fn all(&mut self) -> StageResult<()> {
+        let release = self.release;
+        for test in &release.smoke_tests {
+            let deadline = Instant::now() + Duration::from_secs(test.timeout_seconds);
+            match (&test.url, &test.get, &test.service) {
+                (Some(url), _, _) => self.outside(test, url, deadline).await?,
+                (None, Some(path), Some(service)) => {
+                    self.inside(test, path, service, deadline).await?
+                }
+                _ => {
+                    return Err(anyhow::anyhow!(
+                        "a smoke test has neither `url` nor `get` with `service`"
+                    )
+                    .into());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn inside(
+        &mut self,
+        test: &SmokeTest,
+        path: &str,
+        service: &str,
+        deadline: Instant,
+    ) -> StageResult<()> {
+        if !proxy::is_plain_path(path) {
+            return Err(StageError::failed(
+                "smoke_path",
+                format!("{path:?} is no path that a smoke test may ask for"),
+            ));
+        }
+        let Some(live) = self
+            .retried(deadline, async |it| it.service(service).await)
+            .await?
+        else {
+            let cause = Cause::new(
+                "smoke_no_endpoint",
+                format!("service/{service} does not exist"),
+            );
+            return Err(StageError::Failed(
+                cause.hint("name a Service of the manifests in `smoke_test: service`"),
+            ));
+        };
+        let (new, old) = self.pods(deadline).await?;
+        let selector = live
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.selector.clone())
+            .unwrap_or_default();
+        if new.is_empty() && !selector.is_empty() {
+            self.scope.log.line(format!(
+                "GET {path} of service/{service}: no pod is wanted, so none is asked"
+            ));
+            return Ok(());
+        }
+        let selected = |pod: &&Pod| {
+            selector
+                .iter()
+                .all(|(key, value)| snapshot::label(&pod.metadata, key) == Some(value))
+        };
+        let asked: Vec<&Pod> = new
+            .iter()
+            .filter(|_| !selector.is_empty())
+            .filter(selected)
+            .collect();
+        if asked.is_empty() && !selector.is_empty() {
+            return Err(selects_nothing(service, &selector));
+        }
+        for pod in asked.into_iter().filter(|pod| snapshot::is_ready(pod)) {
+            let name = snapshot::name(pod).to_owned();
+            let question = Question {
+                test,
+                what: format!("GET {path} of pod {name}"),
+                deadline,
+                answers: 1,
+            };
+            let place = pod_place(&live, pod);
+            let cluster = self.cluster;
+            self.repeat(&question, async || proxy::get(cluster, &place, path).await)
+                .await?;
+        }
+        self.old_endpoints_gone(service, &old, deadline).await?;
+        let what = format!("GET {path} of service/{service}");
+        let question = Question {
+            test,
+            what,
+            deadline,
+            answers: SERVICE_ANSWERS,
+        };
+        let (cluster, place) = (self.cluster, service_place(&live, service));
+        self.repeat(&question, async || proxy::get(cluster, &place, path).await)
+            .await
+    }
+
+    async fn outside(&mut self, test: &SmokeTest, url: &str, deadline: Instant) -> StageResult<()> {
+        let allowed = &self.scope.environment.smoke_test_hosts;
+        let parsed = url::Url::parse(url)
+            .ok()
+            .filter(|url| matches!(url.scheme(), "http" | "https"));
+        let is_allowed = |url: &url::Url| {
+            let host = url.host_str().unwrap_or_default();
+            let with_port = format!("{host}:{}", url.port_or_known_default().unwrap_or_default());
+            allowed.iter().any(|allowed| {
+                allowed.eq_ignore_ascii_case(host) || allowed.eq_ignore_ascii_case(&with_port)
+            })
+        };
+        let Some(address) = parsed
+            .filter(|url| is_allowed(url) && url.username().is_empty() && url.password().is_none())
+        else {
+            let cause = Cause::new(
+                "smoke_host_not_allowed",
+                format!("the smoke test may not ask {url}"),
+            )
+            .hint("the operator lists hosts in `smoke_test_hosts` of agent.yaml");
+            return Err(StageError::Failed(cause));
+        };
+        let client = reqwest::Client::builder()
+            .redirect(reqwest::redirect::Policy::none())
+            .timeout(proxy::REQUEST_LIMIT)
+            .no_proxy()
+            .build()
+            .map_err(|error| {
+                anyhow::Error::new(error).context("cannot set up requests to the outside")
+            })?;
+        let question = Question {
+            test,
+            what: format!("GET {address}"),
+            deadline,
+            answers: 1,
+        };
+        self.repeat(&question, async || {
+            get_outside(&client, address.clone()).await
+        })
+        .await
+    }
+
+    /// Asks until the answer is good so many times, wrong for long enough, or time is up.
+    async fn repeat(
+        &mut self,
+        question: &Question<'_>,
+        ask: impl AsyncFn() -> Asked,
+    ) -> StageResult<()> {
+        let unreachable = Duration::from_secs(self.scope.environment.limits.unreachable_seconds);
+        let (mut good, mut wrong_since, mut pause, mut seen) =
+            (0, None, PAUSE_FIRST, Instant::now());
+        let mut told = String::new();
+        loop {
+            let asked = ask().await;
+            self.requests += 1;
+            if !matches!(asked, Asked::Blind(_)) {
+                seen = Instant::now();
+            }
+            let judged = expect::judge(&question.test.expect, &self.release.commit, &asked);
+            let line = format!("{}: {}", question.what, expect::outcome(&asked, &judged));
+            if told != expect::without_time(&line) {
+                self.scope.log.line(&line);
+                told = expect::without_time(&line).to_owned();
+            }
+            let wrong = match judged {
+                Ok(()) => {
+                    good += 1;
+                    if good >= question.answers {
+                        return Ok(());
+                    }
+                    wrong_since = None;
+                    continue;
+                }
+                Err(wrong) => wrong,
+            };
+            good = 0;
+            let since: Instant = *wrong_since.get_or_insert_with(Instant::now);
+            let is_late = Instant::now() >= question.deadline;
+            match wrong {
+                Wrong::Gone => return Ok(()),
+                Wrong::Forbidden(why) => {
+                    return Err(anyhow::anyhow!("cannot run the smoke test: {why}").into());
+                }
+                Wrong::Blind(why) if is_late && seen.elapsed() >= unreachable => {
+                    let error = anyhow::anyhow!("{why}")
+                        .context(format!("cannot see the answer to {}", question.what));
+                    return Err(StageError::Agent(error));
+                }
+                Wrong::Blind(_) => wrong_since = None,
+                Wrong::Settled(cause) if is_late || since.elapsed() >= WRONG_FOR => {
+                    return Err(StageError::Failed(finished(cause, question)));
+                }
+                Wrong::NotYet(cause) if is_late => {
+                    return Err(StageError::Failed(finished(cause, question)));
+                }
+                Wrong::Settled(_) | Wrong::NotYet(_) => {}
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
+    }
+
+    /// Waits until the Service leads to new pods only; those that drain do not count.
+    async fn old_endpoints_gone(
+        &mut self,
+        service: &str,
+        old: &[String],
+        deadline: Instant,
+    ) -> StageResult<()> {
+        loop {
+            let slices = self
+                .retried(deadline, async |it| it.slices(service).await)
+                .await?;
+            let endpoints: Vec<_> = slices.iter().flat_map(|slice| &slice.endpoints).collect();
+            let condition = |value: Option<bool>| value.unwrap_or_default();
+            let is_old = |endpoint: &&&k8s_openapi::api::discovery::v1::Endpoint| {
+                let uid = endpoint
+                    .target_ref
+                    .as_ref()
+                    .and_then(|pod| pod.uid.as_ref());
+                let leaves = endpoint
+                    .conditions
+                    .as_ref()
+                    .is_some_and(|it| condition(it.terminating));
+                uid.is_some_and(|uid| old.contains(uid)) && !leaves
+            };
+            // Absent means ready.
+            let ready = endpoints.iter().any(|it| {
+                it.conditions
+                    .as_ref()
+                    .is_none_or(|it| it.ready.unwrap_or(true))
+            });
+            let old_ones = endpoints.iter().filter(is_old).count();
+            if ready && old_ones == 0 {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                let sentence = match ready {
+                    true => format!("service/{service} still leads to {old_ones} old pods"),
+                    false => format!("service/{service} leads to no pod that is ready"),
+                };
+                let hint = format!(
+                    "compare its selector and targetPort with the pods: `kubectl describe service {service}`"
+                );
+                return Err(StageError::Failed(
+                    Cause::new("smoke_no_endpoint", sentence)
+                        .object(format!("service/{service}"))
+                        .hint(hint),
+                ));
+            }
+            tokio::time::sleep(PAUSE_FIRST).await;
+        }
+    }
+
+    /// The release's pods that are to stay, and the uids of older ones.
+    async fn pods(&mut self, deadline: Instant) -> StageResult<(Vec<Pod>, Vec<String>)> {
+        let (mut new, mut old) = (Vec::new(), Vec::new());
+        let targets = self.targets;
+        for target in targets {
+            let Some(snapshot) = self
+                .retried(deadline, async |it| it.snapshot(target).await)
+                .await?
+            else {
+                continue;
+            };
+            new.extend(
+                snapshot
+                    .new_pods()
+                    .into_iter()
+                    .filter(|pod| !snapshot::has_ended(pod))
+                    .cloned(),
+            );
+            let (serving, _) = snapshot.old_pods();
+            old.extend(serving.into_iter().map(|pod| snapshot::uid(pod).to_owned()));
+        }
+        Ok((new, old))
+    }
+
+    /// Looks until it sees; gives up when the cluster was out of sight for too long, whatever the test's own limit.
+    async fn retried<T>(
+        &self,
+        deadline: Instant,
+        look: impl AsyncFn(&Self) -> Result<T, Unseen>,
+    ) -> StageResult<T> {
+        let unreachable = Duration::from_secs(self.scope.environment.limits.unreachable_seconds);
+        let give_up = deadline.max(Instant::now() + unreachable);
+        loop {
+            match look(self).await {
+                Ok(seen) => return Ok(seen),
+                Err(unseen) if unseen.for_good || Instant::now() >= give_up => {
+                    return Err(StageError::Agent(
+                        unseen.error.context("cannot see the cluster"),
+                    ));
+                }
+                Err(_) => tokio::time::sleep(PAUSE_MAX).await,
+            }
+        }
+    }
+
+    async fn snapshot(&self, target: &Target) -> Result<Option<Snapshot>, Unseen> {
+        Observer::new(self.cluster).snapshot(target).await
+    }
+
+    async fn service(&self, name: &str) -> Result<Option<Service>, Unseen> {
+        ask(
+            &format!("read service/{name}"),
+            self.cluster.api::<Service>().get_opt(name),
+        )
+        .await
+    }
+
+    async fn slices(&self, service: &str) -> Result<Vec<EndpointSlice>, Unseen> {
+        let of_service =
+            ListParams::default().labels(&format!("kubernetes.io/service-name={service}"));
+        Ok(ask(
+            "list endpointslices",
+            self.cluster.api::<EndpointSlice>().list(&of_service),
+        )
+        .await?
+        .items)
+    }
+}
+
+fn finished(cause: Cause, question: &Question<'_>) -> Cause {
+    let mut cause = Cause {
+        sentence: format!("{} {}", question.what, cause.sentence),
+        ..cause
+    };
+    if cause.sentence.contains(" answered 3") {
+        cause.hint = Some(REDIRECT_HINT.to_owned());
+    }
+    cause
+}
+
+fn selects_nothing(
+    service: &str,
+    selector: &std::collections::BTreeMap<String, String>,
+) -> StageError {
+    let selector: Vec<String> = selector
+        .iter()
+        .map(|(key, value)| format!("{key}={value}"))
+        .collect();
+    let sentence = format!(
+        "service/{service} selects {}, and no pod of this release carries that",
+        selector.join(",")
+    );
+    let hint = "let the Service's selector match the labels of the pod template";
+    StageError::Failed(
+        Cause::new("smoke_no_endpoint", sentence)
+            .object(format!("service/{service}"))
+            .hint(hint),
+    )
+}
+
+/// The Service's first port, and whether TLS is spoken there.
+fn port(service: &Service) -> Option<(k8s_openapi::api::core::v1::ServicePort, bool)> {
+    let ports = service.spec.as_ref()?.ports.clone().unwrap_or_default();
+    let port = ports
+        .iter()
+        .find(|port| port.name.as_deref() == Some("http"))
+        .or(ports.first())?
+        .clone();
+    let tls = port.name.as_deref() == Some("https")
+        || port.app_protocol.as_deref() == Some("https")
+        || port.port == 443;
+    Some((port, tls))
+}
+
+fn service_place(service: &Service, name: &str) -> Place {
+    let (port, tls) = port(service).map_or((80, false), |(port, tls)| (port.port, tls));
+    Place {
+        resource: "services",
+        name: name.to_owned(),
+        port: port.to_string(),
+        tls,
+    }
+}
+
+/// Where the Service's port leads in this pod.
+fn pod_place(service: &Service, pod: &Pod) -> Place {
+    let (number, tls) = match port(service) {
+        None => (80, false),
+        Some((port, tls)) => {
+            let number = match port.target_port {
+                Some(IntOrString::Int(number)) if number > 0 => number,
+                Some(IntOrString::String(name)) => named_port(pod, &name).unwrap_or(port.port),
+                _ => port.port,
+            };
+            (number, tls)
+        }
+    };
+    Place {
+        resource: "pods",
+        name: snapshot::name(pod).to_owned(),
+        port: number.to_string(),
+        tls,
+    }
+}
+
+fn named_port(pod: &Pod, name: &str) -> Option<i32> {
+    let containers = &pod.spec.as_ref()?.containers;
+    let ports = containers
+        .iter()
+        .flat_map(|container| container.ports.iter().flatten());
+    ports
+        .into_iter()
+        .find(|port| port.name.as_deref() == Some(name))
+        .map(|port| port.container_port)
+}
+
+async fn get_outside(client: &reqwest::Client, address: url::Url) -> Asked {
+    let begun = Timestamp::now();
+    let took = || Duration::try_from(Timestamp::now().duration_since(begun)).unwrap_or_default();
+    let mut response = match client.get(address).send().await {
+        Ok(response) => response,
+        // The address is in the line already.
+        Err(error) => return Asked::NobodyThere(innermost(&error.without_url())),
+    };
+    let (status, mut body) = (response.status().as_u16(), Vec::new());
+    while body.len() < proxy::BODY_BYTES_MAX {
+        match response.chunk().await {
+            Ok(Some(chunk)) => body.extend_from_slice(&chunk),
+            Ok(None) => break,
+            Err(error) => return Asked::NobodyThere(innermost(&error.without_url())),
+        }
+    }
+    body.truncate(proxy::BODY_BYTES_MAX);
+    Asked::Answered(Answer {
+        status,
+        body,
+        took: took(),
+    })
+}
+
+fn innermost(error: &dyn std::error::Error) -> String {
+    let mut error = error;
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error.to_string()
+}

@@ -46,7 +46,7 @@ pub async fn run(
     let judged = tokio::select! {
         biased;
         () = scope.cancel.cancelled() => Err(StageError::Canceled),
-        judged = rollout.watch(scope, &cluster, limit) => judged.map_err(|error| masked(scope, error)),
+        judged = rollout.watch(scope, &cluster, limit) => judged.map_err(|error| error.masked(scope.log)),
     };
     match &judged {
         Ok(()) => {
@@ -245,19 +245,6 @@ impl Rollout<'_> {
             }
             lines.iter().for_each(|line| scope.log.line(line));
         }
-    }
-}
-
-/// A cause leaves the log, and may hold what the program said last.
-pub(super) fn masked(scope: &Scope<'_>, error: StageError) -> StageError {
-    let mask = |mut cause: Cause| {
-        cause.sentence = scope.log.masked(&cause.sentence);
-        cause
-    };
-    match error {
-        StageError::Failed(cause) => StageError::Failed(mask(cause)),
-        StageError::TimedOut(cause) => StageError::TimedOut(mask(cause)),
-        other => other,
     }
 }
 

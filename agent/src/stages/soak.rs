@@ -1,0 +1,175 @@
+//! The soak: for a while after the smoke test no new pod restarts or loses its readiness.
+//!
+//! A pod that leaves (an autoscaler, a drained node) is no fault. A build that is canceled here has passed already.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::{Scope, StageError, StageResult};
+use crate::builds::Cause;
+use crate::cluster::Cluster;
+use crate::cluster::diagnose;
+use crate::cluster::observe::{self, Observer, Sight, Unseen};
+use crate::cluster::snapshot::{self, Running, Snapshot, Target};
+
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// A probe that fails once in between is no lost readiness.
+const UNREADY_FOR: Duration = Duration::from_secs(2);
+
+/// Watches for so long; a cancel cuts it short, and the release stays live.
+pub async fn run(
+    scope: &Scope<'_>,
+    cluster: &Cluster,
+    targets: &[Target],
+    length: Duration,
+) -> StageResult<()> {
+    if length.is_zero() || targets.is_empty() {
+        return Ok(());
+    }
+    let soaked = tokio::select! {
+        biased;
+        () = scope.cancel.cancelled() => {
+            scope.log.line("The soak is cut short; until here nothing restarted.");
+            return Ok(());
+        }
+        soaked = watch(scope, cluster, targets, length) => soaked,
+    };
+    if soaked.is_ok() {
+        let seconds = length.as_secs();
+        scope.log.line(format!(
+            "Soak: {seconds} s without a restart or a lost readiness."
+        ));
+    }
+    soaked
+}
+
+/// What is remembered of one pod.
+#[derive(Debug, Default)]
+struct Seen {
+    was_ready: bool,
+    unready_since: Option<Instant>,
+    deaths: HashMap<String, i32>,
+}
+
+async fn watch(
+    scope: &Scope<'_>,
+    cluster: &Cluster,
+    targets: &[Target],
+    length: Duration,
+) -> StageResult<()> {
+    let end = Instant::now() + length;
+    let mut sight = Sight::new(Duration::from_secs(
+        scope.environment.limits.unreachable_seconds,
+    ));
+    let mut observer = Observer::new(cluster);
+    let mut pods: HashMap<String, Seen> = HashMap::new();
+    loop {
+        match look(&mut observer, targets).await {
+            Ok(snapshots) => {
+                sight.seen();
+                for snapshot in &snapshots {
+                    if let Some(cause) = judge(cluster, snapshot, &mut pods).await {
+                        return Err(StageError::Failed(cause));
+                    }
+                }
+                // The last look is after the end: what was not seen is not called well.
+                if Instant::now() >= end {
+                    return Ok(());
+                }
+            }
+            Err(unseen) => {
+                let line = format!("The cluster cannot be seen, waiting: {:#}", unseen.error);
+                if sight.unseen(unseen)? {
+                    scope.log.line(line);
+                }
+            }
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}
+
+async fn look(observer: &mut Observer<'_>, targets: &[Target]) -> Result<Vec<Snapshot>, Unseen> {
+    let mut snapshots = Vec::with_capacity(targets.len());
+    for target in targets {
+        snapshots.extend(observer.snapshot(target).await?);
+    }
+    Ok(snapshots)
+}
+
+async fn judge(
+    cluster: &Cluster,
+    snapshot: &Snapshot,
+    pods: &mut HashMap<String, Seen>,
+) -> Option<Cause> {
+    for pod in snapshot.new_pods() {
+        let is_known = pods.contains_key(snapshot::uid(pod));
+        let seen = pods.entry(snapshot::uid(pod).to_owned()).or_default();
+        for container in Running::all(pod) {
+            let deaths = container.deaths();
+            let before = seen
+                .deaths
+                .insert(container.status.name.clone(), deaths)
+                .unwrap_or_default();
+            if is_known && deaths > before {
+                return Some(died(cluster, &container).await);
+            }
+        }
+        let is_ready = snapshot::is_ready(pod);
+        seen.was_ready |= is_ready;
+        if is_ready || !seen.was_ready {
+            seen.unready_since = None;
+            continue;
+        }
+        let since = *seen.unready_since.get_or_insert_with(Instant::now);
+        if since.elapsed() >= UNREADY_FOR {
+            let probe = diagnose::recent_probe_failure(pod, snapshot, "Readiness");
+            let told = probe
+                .map(|told| format!(": {}", diagnose::shortened(told)))
+                .unwrap_or_default();
+            let sentence = format!(
+                "pod {} lost its readiness after the smoke test{told}",
+                snapshot::name(pod)
+            );
+            return Some(
+                Cause::new("crash_in_soak", sentence)
+                    .object(format!("pod/{}", snapshot::name(pod))),
+            );
+        }
+    }
+    None
+}
+
+async fn died(cluster: &Cluster, container: &Running<'_>) -> Cause {
+    let death = container.death();
+    let words = match death {
+        Some(death) => observe::last_words(cluster, container, death.is_previous)
+            .await
+            .unwrap_or_default(),
+        None => String::new(),
+    };
+    let last = diagnose::last_line(&words)
+        .map(|line| format!(": {line}"))
+        .unwrap_or_default();
+    let how = match death {
+        Some(death) if death.reason == "OOMKilled" => {
+            "was killed for using too much memory".to_owned()
+        }
+        Some(death) => format!("exited with code {}", death.exit_code),
+        None => "was restarted".to_owned(),
+    };
+    let name = snapshot::name(container.pod);
+    Cause::new(
+        "crash_in_soak",
+        format!(
+            "{} {how} after the smoke test{last}",
+            container.display_name()
+        ),
+    )
+    .object(format!("pod/{name}"))
+    .hint(format!(
+        "see `kubectl logs {name} -c {} --previous`",
+        container.status.name
+    ))
+}
