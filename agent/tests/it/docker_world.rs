@@ -3,7 +3,8 @@
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::process::Command;
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use landfall::build_log::{BuildLog, Masker, StageLog};
@@ -123,6 +124,33 @@ pub fn write(path: &Path, text: &str) {
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();
     std::fs::write(path, text).unwrap();
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644)).unwrap();
+}
+
+/// The test cluster's busybox with all its applets on PATH, in its registry, by digest.
+pub fn base() -> String {
+    static BASE: OnceLock<String> = OnceLock::new();
+    BASE.get_or_init(|| {
+        let tag = format!("{}/landfall-it/base:1", support::registry());
+        let folder = tempfile::tempdir().unwrap();
+        let text = format!(
+            "FROM {}\nRUN [\"/bin/busybox\", \"mkdir\", \"-p\", \"/bin\", \"/sbin\", \"/usr/bin\", \"/usr/sbin\", \"/tmp\"]\nRUN [\"/bin/busybox\", \"--install\", \"-s\"]\n",
+            support::busybox()
+        );
+        write(&folder.path().join("Dockerfile"), &text);
+        docker(&["build", "-q", "-t", &tag, &folder.path().display().to_string()]);
+        docker(&["push", &tag]);
+        let digests = docker(&["inspect", "--format", "{{join .RepoDigests \"\\n\"}}", &tag]);
+        let ours = digests.lines().find(|digest| digest.starts_with(&format!("{}/landfall-it/base@", support::registry())));
+        ours.unwrap_or_else(|| panic!("no digest of {tag} in {digests}")).to_owned()
+    })
+    .clone()
+}
+
+/// Runs the docker command line; panics with what it said when it fails.
+pub fn docker(arguments: &[&str]) -> String {
+    let output = Command::new("docker").args(arguments).output().unwrap();
+    assert!(output.status.success(), "docker {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
 }
 
 /// A number that no other test on this machine has.

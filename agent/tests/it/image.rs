@@ -1,27 +1,20 @@
 //! The image stage on the real engine and registry: what is built, pushed, refused, and ended in time.
 
 use std::path::PathBuf;
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use landfall::stages::{Built, StageError, image};
 
-use crate::docker_world::{COMMIT, World, agent_error, failed, processes, unique};
+use crate::docker_world::{COMMIT, World, agent_error, base, docker, failed, processes, unique};
 use crate::registry_proxy::RegistryProxy;
 use crate::support;
 
 const IMAGE: &str = "image: { name: sample }";
 
 fn dockerfile(rest: &str) -> String {
-    format!("FROM {}\n{rest}\n", support::busybox())
-}
-
-fn docker(arguments: &[&str]) -> String {
-    let output = Command::new("docker").args(arguments).output().unwrap();
-    assert!(output.status.success(), "docker {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    format!("FROM {}\n{rest}\n", base())
 }
 
 async fn digest_in_registry(built: &Built) -> String {
@@ -140,7 +133,7 @@ async fn bases_and_pushes_behind_a_registry_that_wants_a_token_work_and_the_logi
     let canary = format!("canary-{}-password", unique());
     let proxy = RegistryProxy::start("me", &canary).await;
     let world = World::new("", &format!("    image_prefix: {}/landfall-it\n    registry: {{ username: me, password: {canary} }}\n", proxy.host));
-    let base = support::busybox().replace(&support::registry(), &proxy.host);
+    let base = base().replace(&support::registry(), &proxy.host);
     let text = format!("FROM {base}\nRUN echo {}\n", unique());
     let checked_out = world.checked_out("image: { name: token }", &[("Dockerfile", &text)]);
     let built = image::run(&world.scope(), &checked_out).await.unwrap_or_else(|error| panic!("{error:?}\n{}", world.so_far()));

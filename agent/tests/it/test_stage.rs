@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use landfall::stages::{Built, StageError, StageResult, Tested, test};
 
-use crate::docker_world::{World, agent_error, failed, processes, unique};
+use crate::docker_world::{World, agent_error, base, failed, processes, unique};
 use crate::support;
 
 fn built() -> Built {
@@ -20,7 +20,7 @@ fn built() -> Built {
 /// A pipeline with one test that runs in busybox.
 fn pipeline(name: &str, run: &str, more: &str) -> String {
     let run = serde_json::Value::from(run);
-    format!("image: {{ name: sample }}\ntest:\n  - {{ name: {name}, image: '{}', run: {run}{more} }}", support::busybox())
+    format!("image: {{ name: sample }}\ntest:\n  - {{ name: {name}, image: '{}', run: {run}{more} }}", base())
 }
 
 async fn run(world: &World, pipeline: &str) -> StageResult<Tested> {
@@ -153,7 +153,7 @@ async fn a_fork_bomb_meets_its_limit() {
 async fn a_stage_of_the_dockerfile_is_built_tested_and_its_tag_removed() {
     let world = World::new("", "");
     let name = format!("staged-{}", unique());
-    let text = format!("FROM {} AS test\nUSER 1234\nCOPY data /data\nFROM scratch\nCOPY nothing /\n", support::busybox());
+    let text = format!("FROM {} AS test\nUSER 1234\nCOPY data /data\nFROM scratch\nCOPY nothing /\n", base());
     let checked_out = world.checked_out(
         &format!("image: {{ name: {name} }}\ntest:\n  - {{ name: one, target: test, run: 'cat /data; id -u' }}\n  - {{ name: two, target: test, run: 'exit 3' }}"),
         &[("Dockerfile", &text), ("data", "the data\n")],
@@ -174,10 +174,10 @@ async fn a_test_that_cannot_begin_says_why() {
     let cause = failed(test::run(&world.scope(), &checked_out, &built()).await);
     assert!(cause.sentence.contains("/bin/sh"), "{cause:?}");
     let missing = format!("{}/landfall-it/no-such-image:1", support::registry());
-    let lacking = pipeline("lacking", "true", "").replace(&support::busybox(), &missing);
+    let lacking = pipeline("lacking", "true", "").replace(&base(), &missing);
     let cause = failed(run(&world, &lacking).await);
     assert!(cause.sentence.contains(&missing), "{cause:?}");
-    let away = pipeline("away", "true", "").replace(&support::busybox(), "127.0.0.1:1/acme/test:1");
+    let away = pipeline("away", "true", "").replace(&base(), "127.0.0.1:1/acme/test:1");
     let error = agent_error(run(&world, &away).await);
     assert!(error.contains("127.0.0.1:1"), "{error}");
 }
@@ -189,7 +189,7 @@ async fn what_a_killed_agent_left_is_swept_and_does_not_stop_the_next_attempt() 
     let label = format!("landfall.dev/build={}", world.build.id);
     let leave = || {
         let started = Command::new("docker")
-            .args(["run", "-d", "--name", &name, "--network=none", "--label", &label, "--label", "landfall.dev/agent=1", &support::busybox(), "sleep", "600"])
+            .args(["run", "-d", "--name", &name, "--network=none", "--label", &label, "--label", "landfall.dev/agent=1", &base(), "sleep", "600"])
             .output()
             .unwrap();
         assert!(started.status.success(), "{started:?}");
