@@ -25,7 +25,10 @@ struct Arguments {
 async fn main() -> anyhow::Result<()> {
     let Arguments { root, listen } = Arguments::parse();
     anyhow::ensure!(root.is_dir(), "--root {} is not a folder", root.display());
-    anyhow::ensure!(listen.ip().is_loopback(), "--listen {listen}: only loopback addresses, since everyone may push");
+    anyhow::ensure!(
+        listen.ip().is_loopback(),
+        "--listen {listen}: only loopback addresses, since everyone may push"
+    );
     let server = git_server::GitServer::start(&root, listen, None)
         .await
         .with_context(|| format!("cannot listen on {listen}"))?;

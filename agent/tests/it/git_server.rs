@@ -47,7 +47,10 @@ impl GitServer {
         listen: SocketAddr,
         token: Option<&str>,
     ) -> std::io::Result<Self> {
-        assert!(listen.ip().is_loopback(), "{listen} is not a loopback address");
+        assert!(
+            listen.ip().is_loopback(),
+            "{listen} is not a loopback address"
+        );
         let listener = tokio::net::TcpListener::bind(listen).await?;
         let shared = Arc::new(Shared {
             root: std::path::absolute(root)?,
@@ -55,7 +58,9 @@ impl GitServer {
             requests: AtomicUsize::new(0),
             broken: AtomicU16::new(0),
         });
-        let routes = axum::Router::new().fallback(serve).with_state(shared.clone());
+        let routes = axum::Router::new()
+            .fallback(serve)
+            .with_state(shared.clone());
         Ok(Self {
             address: listener.local_addr()?,
             shared,
@@ -99,7 +104,9 @@ async fn serve(State(shared): State<Arc<Shared>>, request: Request) -> Response<
     if !may_enter(&shared, request.headers()) {
         let mut refusal = plain(StatusCode::UNAUTHORIZED, "a token is needed");
         let realm = header::HeaderValue::from_static("Basic realm=\"git\"");
-        refusal.headers_mut().insert(header::WWW_AUTHENTICATE, realm);
+        refusal
+            .headers_mut()
+            .insert(header::WWW_AUTHENTICATE, realm);
         return refusal;
     }
     match bridge(&shared, request).await {
@@ -123,7 +130,10 @@ fn may_enter(shared: &Shared, headers: &HeaderMap) -> bool {
         .and_then(|value| value.to_str().ok()?.strip_prefix("Basic "))
         .and_then(|text| base64::engine::general_purpose::STANDARD.decode(text).ok())
         .and_then(|bytes| String::from_utf8(bytes).ok());
-    given.is_some_and(|text| text.split_once(':').is_some_and(|(_, password)| password == token))
+    given.is_some_and(|text| {
+        text.split_once(':')
+            .is_some_and(|(_, password)| password == token)
+    })
 }
 
 async fn bridge(shared: &Shared, request: Request) -> std::io::Result<Response<Body>> {
@@ -134,7 +144,9 @@ async fn bridge(shared: &Shared, request: Request) -> std::io::Result<Response<B
     }
     let text = |name: &str| {
         let value = head.headers.get(name);
-        value.map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned()).unwrap_or_default()
+        value
+            .map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned())
+            .unwrap_or_default()
     };
     let mut command = Command::new("git");
     command
@@ -175,7 +187,9 @@ async fn bridge(shared: &Shared, request: Request) -> std::io::Result<Response<B
     let mut stdout = BufReader::new(stdout);
     let answer = read_head(&mut stdout).await?;
     tokio::spawn(reap(child));
-    Ok(answer.body(Body::from_stream(tokio_util::io::ReaderStream::new(stdout))).unwrap())
+    Ok(answer
+        .body(Body::from_stream(tokio_util::io::ReaderStream::new(stdout)))
+        .unwrap())
 }
 
 async fn feed(body: Body, mut stdin: ChildStdin) {
