@@ -170,7 +170,9 @@ pub async fn ask(
     let mut child = spawn(exe, &home).map_err(agent)?;
     let masked = |text: &str| note(&masker.mask_text(text));
     let conversation = converse(&mut child, &request, silence, &masked);
-    conversation.await.map_err(|trouble| trouble.masked(&masker))
+    conversation
+        .await
+        .map_err(|trouble| trouble.masked(&masker))
 }
 
 fn agent(error: anyhow::Error) -> Trouble {

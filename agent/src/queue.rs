@@ -20,7 +20,11 @@ const STOP_LIMIT: Duration = Duration::from_secs(25);
 
 /// Runs builds until `shutdown` fires; what is running then is left to be resumed.
 pub async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
-    let mut working = Working { agent, builds: HashMap::new(), tasks: JoinSet::new() };
+    let mut working = Working {
+        agent,
+        builds: HashMap::new(),
+        tasks: JoinSet::new(),
+    };
     let mut changes = working.agent.store.watch();
     if let Err(error) = working.resume().await {
         tracing::error!(error = format!("{error:#}"), "cannot resume builds");
@@ -49,7 +53,12 @@ impl Working {
     /// Builds that were running when the last agent on this store died.
     async fn resume(&mut self) -> anyhow::Result<()> {
         for build in self.agent.store.running().await? {
-            if let Some(build) = self.agent.store.reclaim(build.id, &self.agent.holder).await? {
+            if let Some(build) = self
+                .agent
+                .store
+                .reclaim(build.id, &self.agent.holder)
+                .await?
+            {
                 tracing::info!(build = build.id, attempt = build.attempt, "build resumed");
                 self.start(build);
             }
@@ -59,13 +68,20 @@ impl Working {
 
     async fn turn(&mut self) -> anyhow::Result<()> {
         for (id, token) in &self.builds {
-            let Some(build) = self.agent.store.build(*id).await? else { continue };
+            let Some(build) = self.agent.store.build(*id).await? else {
+                continue;
+            };
             if build.cancel_requested || build.superseded_by.is_some() {
                 token.cancel();
             }
         }
         while let Some(build) = self.agent.store.claim(&self.agent.holder).await? {
-            tracing::info!(build = build.id, environment = build.environment, commit = build.commit, "build claimed");
+            tracing::info!(
+                build = build.id,
+                environment = build.environment,
+                commit = build.commit,
+                "build claimed"
+            );
             self.start(build);
         }
         Ok(())
@@ -81,11 +97,26 @@ impl Working {
                 async move { runner::run(&agent, build, token).await }
             });
             if running.await.is_err() {
-                let cause = Cause::new("agent_panicked", "Landfall itself failed while it ran this build")
-                    .hint("please report it, with the agent's own log");
-                let outcome = if build.release_id.is_some() { Outcome::Unknown } else { Outcome::Unchanged };
-                if let Err(error) = agent.store.finish(&build, Status::Errored, outcome, Some(&cause)).await {
-                    tracing::error!(build = id, error = format!("{error:#}"), "cannot end a build");
+                let cause = Cause::new(
+                    "agent_panicked",
+                    "Landfall itself failed while it ran this build",
+                )
+                .hint("please report it, with the agent's own log");
+                let outcome = if build.release_id.is_some() {
+                    Outcome::Unknown
+                } else {
+                    Outcome::Unchanged
+                };
+                if let Err(error) = agent
+                    .store
+                    .finish(&build, Status::Errored, outcome, Some(&cause))
+                    .await
+                {
+                    tracing::error!(
+                        build = id,
+                        error = format!("{error:#}"),
+                        "cannot end a build"
+                    );
                 }
             }
             id
@@ -107,7 +138,9 @@ impl Working {
         }
         let all = async { while self.tasks.join_next().await.is_some() {} };
         if tokio::time::timeout(STOP_LIMIT, all).await.is_err() {
-            tracing::warn!("builds did not reach a safe place in time; the next start resumes them");
+            tracing::warn!(
+                "builds did not reach a safe place in time; the next start resumes them"
+            );
         }
     }
 }

@@ -14,11 +14,16 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::build_log::{BuildLog, FLUSH_EVERY, Masker, StageLog};
-use crate::builds::{Build, BuildKind, Cause, Outcome, Stage, StageStatus, Status, human_duration, now, short};
+use crate::builds::{
+    Build, BuildKind, Cause, Outcome, Stage, StageStatus, Status, human_duration, now, short,
+};
 use crate::config::{Config, Environment};
 use crate::release::Release;
 use crate::stages::checkout::Checkout;
-use crate::stages::{Applied, CheckedOut, Scope, StageError, StageResult, checkout, deploy, image, smoke_test, test, verify};
+use crate::stages::{
+    Applied, CheckedOut, Scope, StageError, StageResult, checkout, deploy, image, smoke_test, test,
+    verify,
+};
 use crate::store::{Store, make_private_dir};
 
 /// A build that kills its agent again and again must not do so for ever.
@@ -46,39 +51,76 @@ struct Ended {
 /// Runs a claimed build to its end, or leaves it to the next agent when this one stops.
 pub async fn run(agent: &Agent, build: Build, cancel: CancellationToken) {
     if let Err(error) = run_logged(agent, &build, &cancel).await {
-        tracing::error!(build = build.id, error = format!("{error:#}"), "cannot go on with a build");
+        tracing::error!(
+            build = build.id,
+            error = format!("{error:#}"),
+            "cannot go on with a build"
+        );
     }
 }
 
-async fn run_logged(agent: &Agent, build: &Build, cancel: &CancellationToken) -> anyhow::Result<()> {
+async fn run_logged(
+    agent: &Agent,
+    build: &Build,
+    cancel: &CancellationToken,
+) -> anyhow::Result<()> {
     let begun = now();
     let (next, bytes) = agent.store.log_end(build.id).await?;
-    let limit = agent.config.environment(&build.environment).map_or(1 << 30, |environment| environment.limits.log_bytes);
+    let limit = agent
+        .config
+        .environment(&build.environment)
+        .map_or(1 << 30, |environment| environment.limits.log_bytes);
     let log = BuildLog::new(Masker::new(agent.config.secrets()), limit, bytes);
     let writer = write_log(agent.store.clone(), build.id, log.clone(), next);
 
     let ended = match agent.config.environment(&build.environment) {
-        Some(environment) => Line::new(agent, environment, build, &log, cancel).run().await,
-        None => Some(Ended::failed(Cause::new("no_environment", format!("agent.yaml has no environment {:?} any more", build.environment)))),
+        Some(environment) => {
+            Line::new(agent, environment, build, &log, cancel)
+                .run()
+                .await
+        }
+        None => Some(Ended::failed(Cause::new(
+            "no_environment",
+            format!(
+                "agent.yaml has no environment {:?} any more",
+                build.environment
+            ),
+        ))),
     };
 
     if let Some(ended) = &ended {
-        say_end(&log.stage(last_stage(agent, build).await), build, ended, now() - begun);
+        say_end(
+            &log.stage(last_stage(agent, build).await),
+            build,
+            ended,
+            now() - begun,
+        );
     }
     log.close();
     writer.await.context("the log's task failed")??;
     let Some(ended) = ended else { return Ok(()) };
-    agent.store.finish(build, ended.status, ended.outcome, ended.cause.as_ref()).await?;
+    agent
+        .store
+        .finish(build, ended.status, ended.outcome, ended.cause.as_ref())
+        .await?;
     tracing::info!(build = build.id, status = %ended.status, outcome = %ended.outcome, "build ended");
     remove_work(&work_dir(agent, build)).await;
     Ok(())
 }
 
 /// Stores what the stages say, a chunk every `FLUSH_EVERY`, until the log is closed.
-fn write_log(store: Store, build_id: i64, log: BuildLog, mut next: i64) -> JoinHandle<anyhow::Result<()>> {
+fn write_log(
+    store: Store,
+    build_id: i64,
+    log: BuildLog,
+    mut next: i64,
+) -> JoinHandle<anyhow::Result<()>> {
     tokio::spawn(async move {
         while let Some(lines) = log.drain().await {
-            next = store.append_log(build_id, next, &lines).await.context("cannot store the build log")?;
+            next = store
+                .append_log(build_id, next, &lines)
+                .await
+                .context("cannot store the build log")?;
             tokio::time::sleep(FLUSH_EVERY).await;
         }
         Ok(())
@@ -87,22 +129,42 @@ fn write_log(store: Store, build_id: i64, log: BuildLog, mut next: i64) -> JoinH
 
 async fn last_stage(agent: &Agent, build: &Build) -> Stage {
     let known = agent.store.build(build.id).await.ok().flatten();
-    known.and_then(|build| build.stage).unwrap_or(Stage::Checkout)
+    known
+        .and_then(|build| build.stage)
+        .unwrap_or(Stage::Checkout)
 }
 
 fn say_end(log: &StageLog, build: &Build, ended: &Ended, millis: i64) {
     log.line("");
     if let Some(cause) = &ended.cause {
-        log.line(format!("{}: {}", if ended.status == Status::Skipped { "Skipped" } else { "Cause" }, cause.sentence));
+        log.line(format!(
+            "{}: {}",
+            if ended.status == Status::Skipped {
+                "Skipped"
+            } else {
+                "Cause"
+            },
+            cause.sentence
+        ));
         if let Some(hint) = &cause.hint {
             log.line(format!("Next:  {hint}"));
         }
     }
-    log.line(format!("Build #{} {} after {}, outcome {}", build.id, ended.status, human_duration(millis), ended.outcome));
+    log.line(format!(
+        "Build #{} {} after {}, outcome {}",
+        build.id,
+        ended.status,
+        human_duration(millis),
+        ended.outcome
+    ));
 }
 
 fn work_dir(agent: &Agent, build: &Build) -> PathBuf {
-    agent.config.data_dir.join("work").join(build.id.to_string())
+    agent
+        .config
+        .data_dir
+        .join("work")
+        .join(build.id.to_string())
 }
 
 async fn remove_work(path: &Path) {
@@ -137,7 +199,13 @@ enum Touched {
 }
 
 impl<'a> Line<'a> {
-    fn new(agent: &'a Agent, environment: &'a Environment, build: &'a Build, log: &'a BuildLog, cancel: &'a CancellationToken) -> Self {
+    fn new(
+        agent: &'a Agent,
+        environment: &'a Environment,
+        build: &'a Build,
+        log: &'a BuildLog,
+        cancel: &'a CancellationToken,
+    ) -> Self {
         Self {
             agent,
             environment,
@@ -165,9 +233,16 @@ impl<'a> Line<'a> {
         make_private_dir(&self.mirrors)?;
         if self.build.attempt > 1 {
             let stage = self.build.stage.unwrap_or(Stage::Checkout);
-            self.log.stage(stage).line(format!("The agent was stopped; attempt {} goes on from here.", self.build.attempt));
+            self.log.stage(stage).line(format!(
+                "The agent was stopped; attempt {} goes on from here.",
+                self.build.attempt
+            ));
             if let Err(error) = test::sweep(&self.agent.config.docker, self.build.id).await {
-                tracing::warn!(build = self.build.id, error = format!("{error:#}"), "cannot remove containers of an earlier attempt");
+                tracing::warn!(
+                    build = self.build.id,
+                    error = format!("{error:#}"),
+                    "cannot remove containers of an earlier attempt"
+                );
             }
         }
         if self.build.attempt > ATTEMPTS_MAX {
@@ -186,19 +261,58 @@ impl<'a> Line<'a> {
             Checkout::Stale { head } => return Ok(Ended::stale(self.build, &head)),
         };
         let built = self
-            .stage(Stage::Image, async |scope, built| image::still_there(scope, built).await, async |scope| image::run(scope, &checked_out).await)
+            .stage(
+                Stage::Image,
+                async |scope, built| image::still_there(scope, built).await,
+                async |scope| image::run(scope, &checked_out).await,
+            )
             .await?;
-        self.agent.store.set_image(self.build, &built.reference()).await?;
-        self.stage(Stage::Test, async |_, _| true, async |scope| test::run(scope, &checked_out, &built).await).await?;
-        let applied: Applied = self.stage(Stage::Deploy, async |_, _| true, async |scope| self.deploy(scope, &checked_out, &built).await).await?;
+        self.agent
+            .store
+            .set_image(self.build, &built.reference())
+            .await?;
+        self.stage(
+            Stage::Test,
+            async |_, _| true,
+            async |scope| test::run(scope, &checked_out, &built).await,
+        )
+        .await?;
+        let applied: Applied = self
+            .stage(
+                Stage::Deploy,
+                async |_, _| true,
+                async |scope| self.deploy(scope, &checked_out, &built).await,
+            )
+            .await?;
         let release = self.stored_release(applied.release_id).await?;
         self.touch(&release);
-        let rolled_out =
-            self.stage(Stage::Verify, async |_, _| false, async |scope| verify::run(scope, &release, &applied).await).await?;
-        self.stage(Stage::SmokeTest, async |_, _| false, async |scope| smoke_test::run(scope, &release, &rolled_out).await).await?;
-        self.agent.store.release_is_live(self.build, &release).await?;
-        let outcome = if applied.changed_nothing() { Outcome::Unchanged } else { Outcome::Live };
-        Ok(Ended { status: Status::Passed, outcome, cause: None })
+        let rolled_out = self
+            .stage(
+                Stage::Verify,
+                async |_, _| false,
+                async |scope| verify::run(scope, &release, &applied).await,
+            )
+            .await?;
+        self.stage(
+            Stage::SmokeTest,
+            async |_, _| false,
+            async |scope| smoke_test::run(scope, &release, &rolled_out).await,
+        )
+        .await?;
+        self.agent
+            .store
+            .release_is_live(self.build, &release)
+            .await?;
+        let outcome = if applied.changed_nothing() {
+            Outcome::Unchanged
+        } else {
+            Outcome::Live
+        };
+        Ok(Ended {
+            status: Status::Passed,
+            outcome,
+            cause: None,
+        })
     }
 
     async fn checkout(&self) -> StageResult<Checkout> {
@@ -211,8 +325,12 @@ impl<'a> Line<'a> {
         let done = self
             .stage(
                 Stage::Checkout,
-                async |_, checked_out: &Option<CheckedOut>| checked_out.as_ref().is_some_and(checkout::still_there),
-                async |scope| match checkout::run(scope, &self.agent.exe, deployed.as_deref()).await? {
+                async |_, checked_out: &Option<CheckedOut>| {
+                    checked_out.as_ref().is_some_and(checkout::still_there)
+                },
+                async |scope| match checkout::run(scope, &self.agent.exe, deployed.as_deref())
+                    .await?
+                {
                     Checkout::Ready(checked_out) => Ok(Some(checked_out)),
                     Checkout::Stale { head } => {
                         stale = Some(head);
@@ -223,17 +341,32 @@ impl<'a> Line<'a> {
             .await?;
         match (done, stale) {
             (Some(checked_out), _) => {
-                self.agent.store.describe(self.build, &checked_out.commit, &checked_out.title).await?;
+                self.agent
+                    .store
+                    .describe(self.build, &checked_out.commit, &checked_out.title)
+                    .await?;
                 Ok(Checkout::Ready(checked_out))
             }
-            (None, head) => Ok(Checkout::Stale { head: head.unwrap_or_default() }),
+            (None, head) => Ok(Checkout::Stale {
+                head: head.unwrap_or_default(),
+            }),
         }
     }
 
     /// Plan, then the last moment to stop, then the release's row, then the first mutation. A resumed build applies the
     /// set that is stored.
-    async fn deploy(&self, scope: &Scope<'_>, checked_out: &CheckedOut, built: &crate::stages::Built) -> StageResult<Applied> {
-        let stored = self.agent.store.build(self.build.id).await?.and_then(|build| build.release_id);
+    async fn deploy(
+        &self,
+        scope: &Scope<'_>,
+        checked_out: &CheckedOut,
+        built: &crate::stages::Built,
+    ) -> StageResult<Applied> {
+        let stored = self
+            .agent
+            .store
+            .build(self.build.id)
+            .await?
+            .and_then(|build| build.release_id);
         let release = match stored {
             Some(id) => self.stored_release(id).await?,
             None => {
@@ -246,19 +379,34 @@ impl<'a> Line<'a> {
             }
         };
         self.touch(&release);
-        let scope = Scope { cancel: &self.unstoppable, ..*scope };
+        let scope = Scope {
+            cancel: &self.unstoppable,
+            ..*scope
+        };
         let applied = deploy::apply(&scope, &release).await?;
-        self.agent.store.record_applied(self.build, release.id, &applied.objects).await?;
+        self.agent
+            .store
+            .record_applied(self.build, release.id, &applied.objects)
+            .await?;
         Ok(applied)
     }
 
     async fn stored_release(&self, id: i64) -> anyhow::Result<Arc<Release>> {
-        let release = self.agent.store.release(id).await?.with_context(|| format!("release {id} is not in the store"))?;
+        let release = self
+            .agent
+            .store
+            .release(id)
+            .await?
+            .with_context(|| format!("release {id} is not in the store"))?;
         Ok(Arc::new(release))
     }
 
     fn touch(&self, release: &Arc<Release>) {
-        *self.touched.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Touched::Release(Arc::clone(release));
+        *self
+            .touched
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner) =
+            Touched::Release(Arc::clone(release));
     }
 
     /// A stage that the journal has as passed, and whose baton's things still exist, is not run again.
@@ -289,35 +437,65 @@ impl<'a> Line<'a> {
         self.agent.store.begin_stage(self.build, stage).await?;
         let result = work(&scope).await;
         let (status, baton) = match &result {
-            Ok(baton) => (StageStatus::Passed, Some(serde_json::to_string(baton).context("cannot store a baton")?)),
+            Ok(baton) => (
+                StageStatus::Passed,
+                Some(serde_json::to_string(baton).context("cannot store a baton")?),
+            ),
             Err(StageError::Failed(_) | StageError::TimedOut(_)) => (StageStatus::Failed, None),
             // Left as running for the agent that resumes it.
             Err(StageError::Canceled) if self.agent.stopping.is_cancelled() => return result,
             Err(StageError::Canceled) => (StageStatus::Canceled, None),
             Err(StageError::Agent(_)) => (StageStatus::Errored, None),
         };
-        self.agent.store.end_stage(self.build, stage, status, baton.as_deref()).await?;
+        self.agent
+            .store
+            .end_stage(self.build, stage, status, baton.as_deref())
+            .await?;
         result
     }
 
     async fn baton<T: DeserializeOwned>(&self, stage: Stage) -> anyhow::Result<Option<T>> {
         let stages = self.agent.store.stages(self.build.id).await?;
-        let passed = stages.into_iter().find(|row| row.stage == stage && row.status == StageStatus::Passed);
+        let passed = stages
+            .into_iter()
+            .find(|row| row.stage == stage && row.status == StageStatus::Passed);
         // A baton that this version cannot read is one that is not there.
-        Ok(passed.and_then(|row| row.baton).and_then(|baton| serde_json::from_str(&baton).ok()))
+        Ok(passed
+            .and_then(|row| row.baton)
+            .and_then(|baton| serde_json::from_str(&baton).ok()))
     }
 
     async fn canceled(&self) -> Option<Ended> {
         let build = self.agent.store.build(self.build.id).await.ok().flatten();
         let (outcome, hint) = self.outcome_of_failure(Outcome::LeftFailed).await;
         match build {
-            Some(Build { superseded_by: Some(newer), .. }) => {
-                let cause = Cause::new("superseded", format!("build #{newer} of a newer push took its place"));
-                Some(Ended { status: Status::Superseded, outcome, cause: Some(cause) })
+            Some(Build {
+                superseded_by: Some(newer),
+                ..
+            }) => {
+                let cause = Cause::new(
+                    "superseded",
+                    format!("build #{newer} of a newer push took its place"),
+                );
+                Some(Ended {
+                    status: Status::Superseded,
+                    outcome,
+                    cause: Some(cause),
+                })
             }
-            Some(Build { cancel_requested: true, .. }) => {
-                let cause = Cause { hint, ..Cause::new("canceled", "somebody canceled it") };
-                Some(Ended { status: Status::Canceled, outcome, cause: Some(cause) })
+            Some(Build {
+                cancel_requested: true,
+                ..
+            }) => {
+                let cause = Cause {
+                    hint,
+                    ..Cause::new("canceled", "somebody canceled it")
+                };
+                Some(Ended {
+                    status: Status::Canceled,
+                    outcome,
+                    cause: Some(cause),
+                })
             }
             _ => None,
         }
@@ -325,30 +503,72 @@ impl<'a> Line<'a> {
 
     async fn failed(&self, error: StageError) -> Ended {
         let (status, blind, mut cause) = match error {
-            StageError::Failed(cause) if cause.id == "commit_gone" && self.build.kind == BuildKind::Push => (Status::Skipped, false, cause),
-            StageError::Failed(cause) | StageError::TimedOut(cause) => (Status::Failed, false, cause),
-            StageError::Canceled => (Status::Canceled, false, Cause::new("canceled", "somebody canceled it")),
+            StageError::Failed(cause)
+                if cause.id == "commit_gone" && self.build.kind == BuildKind::Push =>
+            {
+                (Status::Skipped, false, cause)
+            }
+            StageError::Failed(cause) | StageError::TimedOut(cause) => {
+                (Status::Failed, false, cause)
+            }
+            StageError::Canceled => (
+                Status::Canceled,
+                false,
+                Cause::new("canceled", "somebody canceled it"),
+            ),
             StageError::Agent(error) => {
-                tracing::warn!(build = self.build.id, error = format!("{error:#}"), "build errored");
-                (Status::Errored, true, Cause::new("agent", format!("{error:#}")))
+                tracing::warn!(
+                    build = self.build.id,
+                    error = format!("{error:#}"),
+                    "build errored"
+                );
+                (
+                    Status::Errored,
+                    true,
+                    Cause::new("agent", format!("{error:#}")),
+                )
             }
         };
-        let (outcome, hint) = self.outcome_of_failure(if blind { Outcome::Unknown } else { Outcome::LeftFailed }).await;
+        let (outcome, hint) = self
+            .outcome_of_failure(if blind {
+                Outcome::Unknown
+            } else {
+                Outcome::LeftFailed
+            })
+            .await;
         if let Some(hint) = hint {
             cause.hint = Some(match cause.hint.take() {
                 Some(own) => format!("{own}; {hint}"),
                 None => hint,
             });
         }
-        Ended { status, outcome, cause: Some(cause) }
+        Ended {
+            status,
+            outcome,
+            cause: Some(cause),
+        }
     }
 
     /// Unchanged before the first mutation; afterwards `touched`, and the command that brings the last release back.
     async fn outcome_of_failure(&self, touched: Outcome) -> (Outcome, Option<String>) {
-        let release = self.touched.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
-        let Touched::Release(release) = release else { return (Outcome::Unchanged, None) };
-        if let Err(error) = self.agent.store.release_failed(release.id, "its build failed").await {
-            tracing::error!(error = format!("{error:#}"), "cannot record a failed release");
+        let release = self
+            .touched
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .clone();
+        let Touched::Release(release) = release else {
+            return (Outcome::Unchanged, None);
+        };
+        if let Err(error) = self
+            .agent
+            .store
+            .release_failed(release.id, "its build failed")
+            .await
+        {
+            tracing::error!(
+                error = format!("{error:#}"),
+                "cannot record a failed release"
+            );
         }
         (touched, deploy::undo_hint(&release, None))
     }
@@ -356,7 +576,11 @@ impl<'a> Line<'a> {
 
 impl Ended {
     fn failed(cause: Cause) -> Self {
-        Self { status: Status::Failed, outcome: Outcome::Unchanged, cause: Some(cause) }
+        Self {
+            status: Status::Failed,
+            outcome: Outcome::Unchanged,
+            cause: Some(cause),
+        }
     }
 
     fn stale(build: &Build, head: &str) -> Self {
@@ -366,6 +590,10 @@ impl Ended {
             build.branch,
             short(head)
         );
-        Self { status: Status::Skipped, outcome: Outcome::Unchanged, cause: Some(Cause::new("stale", sentence)) }
+        Self {
+            status: Status::Skipped,
+            outcome: Outcome::Unchanged,
+            cause: Some(Cause::new("stale", sentence)),
+        }
     }
 }

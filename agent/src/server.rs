@@ -46,7 +46,10 @@ pub struct App {
 
 /// Page, API and, where it has no listener of its own, the webhook.
 pub fn routes(app: App) -> Router {
-    let mut routes = Router::new().merge(dashboard::router()).merge(api::router()).merge(health());
+    let mut routes = Router::new()
+        .merge(dashboard::router())
+        .merge(api::router())
+        .merge(health());
     if app.config.webhook_listen.is_none() {
         routes = routes.route("/webhook", post(webhook::receive));
     }
@@ -55,11 +58,19 @@ pub fn routes(app: App) -> Router {
 
 /// The webhook and nothing else, for the listener that is seen from outside.
 pub fn webhook_routes(app: App) -> Router {
-    finish(Router::new().route("/webhook", post(webhook::receive)).merge(health()), app)
+    finish(
+        Router::new()
+            .route("/webhook", post(webhook::receive))
+            .merge(health()),
+        app,
+    )
 }
 
 fn health() -> Router<App> {
-    Router::new().route("/healthz", get(async || "ok\n")).route("/readyz", get(readyz)).route("/metrics", get(metrics::render))
+    Router::new()
+        .route("/healthz", get(async || "ok\n"))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics::render))
 }
 
 async fn readyz(State(app): State<App>) -> Response {
@@ -70,7 +81,10 @@ async fn readyz(State(app): State<App>) -> Response {
 }
 
 fn finish(routes: Router<App>, app: App) -> Router {
-    routes.layer(from_fn_with_state(app.clone(), guard)).layer(CatchPanicLayer::new()).with_state(app)
+    routes
+        .layer(from_fn_with_state(app.clone(), guard))
+        .layer(CatchPanicLayer::new())
+        .with_state(app)
 }
 
 /// Binds, or says who is to move: the address is in use, and which variable changes it.
@@ -102,8 +116,12 @@ pub async fn serve(listener: TcpListener, routes: Router, shutdown: Cancellation
             },
         };
         let mut http = hyper::server::conn::http1::Builder::new();
-        http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
-        let connection = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes.clone()));
+        http.timer(TokioTimer::new())
+            .header_read_timeout(HEADER_TIMEOUT);
+        let connection = http.serve_connection(
+            TokioIo::new(stream),
+            TowerToHyperService::new(routes.clone()),
+        );
         let connection = graceful.watch(connection);
         tokio::spawn(async move {
             if let Err(error) = connection.await {
@@ -121,22 +139,40 @@ async fn guard(State(app): State<App>, request: Request, next: Next) -> Response
     let path = request.uri().path();
     let open = matches!(path, "/webhook" | "/healthz" | "/readyz" | "/metrics");
     if !open && let Err((status, why)) = admit(&app, request.method(), request.headers()) {
-        let mut response = (status, axum::Json(serde_json::json!({ "error": why }))).into_response();
+        let mut response =
+            (status, axum::Json(serde_json::json!({ "error": why }))).into_response();
         if status == StatusCode::UNAUTHORIZED {
-            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Basic realm=\"landfall\""));
+            response.headers_mut().insert(
+                header::WWW_AUTHENTICATE,
+                HeaderValue::from_static("Basic realm=\"landfall\""),
+            );
         }
         return with_headers(response);
     }
     with_headers(next.run(request).await)
 }
 
-fn admit(app: &App, method: &Method, headers: &HeaderMap) -> Result<(), (StatusCode, &'static str)> {
-    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+fn admit(
+    app: &App,
+    method: &Method,
+    headers: &HeaderMap,
+) -> Result<(), (StatusCode, &'static str)> {
+    let host = headers
+        .get(header::HOST)
+        .and_then(|host| host.to_str().ok())
+        .unwrap_or_default();
     if !is_our_host(&app.config, host) {
-        return Err((StatusCode::MISDIRECTED_REQUEST, "this host is not served here: set `public_url` in agent.yaml"));
+        return Err((
+            StatusCode::MISDIRECTED_REQUEST,
+            "this host is not served here: set `public_url` in agent.yaml",
+        ));
     }
     if let Some(origin) = headers.get(header::ORIGIN) {
-        let host = origin.to_str().ok().and_then(|origin| origin.split_once("://")).map_or("", |(_, host)| host);
+        let host = origin
+            .to_str()
+            .ok()
+            .and_then(|origin| origin.split_once("://"))
+            .map_or("", |(_, host)| host);
         if !is_our_host(&app.config, host) {
             return Err((StatusCode::FORBIDDEN, "a request from another site"));
         }
@@ -145,7 +181,10 @@ fn admit(app: &App, method: &Method, headers: &HeaderMap) -> Result<(), (StatusC
     if reads && app.config.read_access != ReadAccess::Token {
         return Ok(());
     }
-    let given = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let given = headers
+        .get(header::AUTHORIZATION)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default();
     let token = match given.split_once(' ') {
         Some(("Bearer", token)) => Some(token.to_owned()),
         // So that a browser can ask a person for it; never for writes, which another site could then make.
@@ -154,13 +193,21 @@ fn admit(app: &App, method: &Method, headers: &HeaderMap) -> Result<(), (StatusC
     };
     match token {
         Some(token) if is_same(&token, &app.admin_token) => Ok(()),
-        _ => Err((StatusCode::UNAUTHORIZED, "needs `Authorization: Bearer` with the token of data_dir/admin-token")),
+        _ => Err((
+            StatusCode::UNAUTHORIZED,
+            "needs `Authorization: Bearer` with the token of data_dir/admin-token",
+        )),
     }
 }
 
 fn basic_password(encoded: &str) -> Option<String> {
-    let decoded = base64::engine::general_purpose::STANDARD.decode(encoded).ok()?;
-    String::from_utf8(decoded).ok()?.split_once(':').map(|(_, password)| password.to_owned())
+    let decoded = base64::engine::general_purpose::STANDARD
+        .decode(encoded)
+        .ok()?;
+    String::from_utf8(decoded)
+        .ok()?
+        .split_once(':')
+        .map(|(_, password)| password.to_owned())
 }
 
 /// Compares digests: how long it takes says nothing about the token.
@@ -170,24 +217,41 @@ fn is_same(given: &str, expected: &str) -> bool {
 
 /// A loopback name, the address that is listened on, or the host of `public_url`.
 fn is_our_host(config: &Config, host: &str) -> bool {
-    let name = host.rsplit_once(':').filter(|(_, port)| port.bytes().all(|b| b.is_ascii_digit())).map_or(host, |(name, _)| name);
-    let public = config.public_url.as_deref().and_then(|url| url::Url::parse(url).ok());
+    let name = host
+        .rsplit_once(':')
+        .filter(|(_, port)| port.bytes().all(|b| b.is_ascii_digit()))
+        .map_or(host, |(name, _)| name);
+    let public = config
+        .public_url
+        .as_deref()
+        .and_then(|url| url::Url::parse(url).ok());
     matches!(name, "localhost" | "127.0.0.1" | "[::1]")
         || host.parse() == Ok(config.listen)
-        || public.as_ref().and_then(url::Url::host_str).is_some_and(|ours| ours.eq_ignore_ascii_case(name))
+        || public
+            .as_ref()
+            .and_then(url::Url::host_str)
+            .is_some_and(|ours| ours.eq_ignore_ascii_case(name))
 }
 
 fn with_headers(mut response: Response) -> Response {
     let headers = response.headers_mut();
     let fixed = [
-        (header::CONTENT_SECURITY_POLICY, dashboard::CONTENT_SECURITY_POLICY),
+        (
+            header::CONTENT_SECURITY_POLICY,
+            dashboard::CONTENT_SECURITY_POLICY,
+        ),
         (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
         (header::REFERRER_POLICY, "no-referrer"),
         (header::X_FRAME_OPTIONS, "DENY"),
-        (HeaderName::from_static("cross-origin-opener-policy"), "same-origin"),
+        (
+            HeaderName::from_static("cross-origin-opener-policy"),
+            "same-origin",
+        ),
     ];
     for (name, value) in fixed {
-        headers.entry(name).or_insert(HeaderValue::from_static(value));
+        headers
+            .entry(name)
+            .or_insert(HeaderValue::from_static(value));
     }
     response
 }

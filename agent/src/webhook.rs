@@ -80,7 +80,10 @@ async fn take(app: &App, request: Request<Body>) -> Result<Response, Rejection> 
         Takers::Nobody(why) => return Ok(ignored(&why)),
     };
     let delivery = Delivery {
-        guid: header_text(&parts.headers, "x-github-delivery").chars().take(100).collect(),
+        guid: header_text(&parts.headers, "x-github-delivery")
+            .chars()
+            .take(100)
+            .collect(),
         event,
         body_hash: hex::encode(Sha256::digest(&body)),
         body,
@@ -92,7 +95,14 @@ async fn take(app: &App, request: Request<Body>) -> Result<Response, Rejection> 
             tracing::error!(error = format!("{error:#}"), "cannot store a delivery");
             Rejection::NotStored
         })?;
-    tracing::info!(guid = delivery.guid, repository = push.repository, branch = push.branch, after = push.after, ?builds, "push accepted");
+    tracing::info!(
+        guid = delivery.guid,
+        repository = push.repository,
+        branch = push.branch,
+        after = push.after,
+        ?builds,
+        "push accepted"
+    );
     Ok((StatusCode::ACCEPTED, Json(json!({ "builds": builds }))).into_response())
 }
 
@@ -105,36 +115,69 @@ async fn read(headers: &HeaderMap, body: Body) -> Result<Vec<u8>, Rejection> {
     let kib = announced.unwrap_or(BODY_BYTES_MAX).div_ceil(1024).max(1);
     let kib = u32::try_from(kib).unwrap_or(u32::MAX);
     let reading = async {
-        let _budget = IN_FLIGHT.acquire_many(kib).await.map_err(|_| Rejection::NotStored)?;
+        let _budget = IN_FLIGHT
+            .acquire_many(kib)
+            .await
+            .map_err(|_| Rejection::NotStored)?;
         match Limited::new(body, BODY_BYTES_MAX).collect().await {
             Ok(body) => Ok(body.to_bytes().to_vec()),
             Err(error) if error.is::<LengthLimitError>() => Err(Rejection::TooLarge),
             Err(_) => Err(Rejection::Unreadable("the body ended early".to_owned())),
         }
     };
-    tokio::time::timeout(BODY_TIMEOUT, reading).await.unwrap_or_else(|_| Err(Rejection::Unreadable("the body did not come in time".to_owned())))
+    tokio::time::timeout(BODY_TIMEOUT, reading)
+        .await
+        .unwrap_or_else(|_| {
+            Err(Rejection::Unreadable(
+                "the body did not come in time".to_owned(),
+            ))
+        })
 }
 
 /// The environments one of whose secrets signed these bytes. None is a rejection.
-fn signed_for<'a>(headers: &HeaderMap, body: &[u8], environments: &'a [Environment]) -> Result<Vec<&'a Environment>, Rejection> {
+fn signed_for<'a>(
+    headers: &HeaderMap,
+    body: &[u8],
+    environments: &'a [Environment],
+) -> Result<Vec<&'a Environment>, Rejection> {
     let signature = signature(headers).ok_or(Rejection::Signature)?;
-    let signed = |environment: &&Environment| environment.webhook_secrets.iter().any(|secret| is_signed(secret.expose().as_bytes(), body, &signature));
+    let signed = |environment: &&Environment| {
+        environment
+            .webhook_secrets
+            .iter()
+            .any(|secret| is_signed(secret.expose().as_bytes(), body, &signature))
+    };
     let environments: Vec<_> = environments.iter().filter(signed).collect();
-    if environments.is_empty() { Err(Rejection::Signature) } else { Ok(environments) }
+    if environments.is_empty() {
+        Err(Rejection::Signature)
+    } else {
+        Ok(environments)
+    }
 }
 
 /// The one `X-Hub-Signature-256` header: `sha256=` and 64 lower-case hex digits. The older sha1 header is never read.
 fn signature(headers: &HeaderMap) -> Option<Vec<u8>> {
     let mut values = headers.get_all("x-hub-signature-256").iter();
-    let (Some(value), None) = (values.next(), values.next()) else { return None };
+    let (Some(value), None) = (values.next(), values.next()) else {
+        return None;
+    };
     let digits = value.to_str().ok()?.strip_prefix("sha256=")?;
-    let lower_case_hex = digits.len() == 64 && digits.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
-    if lower_case_hex { hex::decode(digits).ok() } else { None }
+    let lower_case_hex = digits.len() == 64
+        && digits
+            .bytes()
+            .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+    if lower_case_hex {
+        hex::decode(digits).ok()
+    } else {
+        None
+    }
 }
 
 /// Constant in time.
 fn is_signed(secret: &[u8], body: &[u8], signature: &[u8]) -> bool {
-    let Ok(mut mac) = Hmac::<Sha256>::new_from_slice(secret) else { return false };
+    let Ok(mut mac) = Hmac::<Sha256>::new_from_slice(secret) else {
+        return false;
+    };
     mac.update(body);
     mac.verify_slice(signature).is_ok()
 }
@@ -173,20 +216,31 @@ struct HeadCommit {
 }
 
 fn meaning(event: &str, headers: &HeaderMap, body: &[u8]) -> Result<Meaning, Rejection> {
-    let unreadable = |error: serde_json::Error| Rejection::Unreadable(format!("not the JSON of a {event} event: {error}"));
-    let form;
-    let bytes = if header_text(headers, "content-type").starts_with("application/x-www-form-urlencoded") {
-        form = form_payload(body)?;
-        form.as_bytes()
-    } else {
-        body
+    let unreadable = |error: serde_json::Error| {
+        Rejection::Unreadable(format!("not the JSON of a {event} event: {error}"))
     };
+    let form;
+    let bytes =
+        if header_text(headers, "content-type").starts_with("application/x-www-form-urlencoded") {
+            form = form_payload(body)?;
+            form.as_bytes()
+        } else {
+            body
+        };
     match event {
         "push" => {}
-        "" => return Err(Rejection::Unreadable("the header X-GitHub-Event is missing".to_owned())),
+        "" => {
+            return Err(Rejection::Unreadable(
+                "the header X-GitHub-Event is missing".to_owned(),
+            ));
+        }
         other => {
-            serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(bytes).map_err(unreadable)?;
-            return Ok(Meaning::Ignored(format!("event {:?}", other.chars().take(40).collect::<String>())));
+            serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(bytes)
+                .map_err(unreadable)?;
+            return Ok(Meaning::Ignored(format!(
+                "event {:?}",
+                other.chars().take(40).collect::<String>()
+            )));
         }
     }
     push_meaning(serde_json::from_slice(bytes).map_err(unreadable)?)
@@ -197,7 +251,9 @@ fn form_payload(body: &[u8]) -> Result<String, Rejection> {
     let mut payloads = url::form_urlencoded::parse(body).filter(|(name, _)| name == "payload");
     match (payloads.next(), payloads.next()) {
         (Some((_, payload)), None) => Ok(payload.into_owned()),
-        _ => Err(Rejection::Unreadable("a form body needs the field `payload`, once".to_owned())),
+        _ => Err(Rejection::Unreadable(
+            "a form body needs the field `payload`, once".to_owned(),
+        )),
     }
 }
 
@@ -208,10 +264,14 @@ fn push_meaning(payload: Payload) -> Result<Meaning, Rejection> {
     let after = payload.after.ok_or_else(|| missing("after"))?;
     let before = payload.before.ok_or_else(|| missing("before"))?;
     if !is_commit_id(&after) || !is_commit_id(&before) {
-        return Err(Rejection::Unreadable("`before` and `after` must be 40 lower-case hex digits".to_owned()));
+        return Err(Rejection::Unreadable(
+            "`before` and `after` must be 40 lower-case hex digits".to_owned(),
+        ));
     }
     if reference.len() > REF_BYTES_MAX {
-        return Err(Rejection::Unreadable(format!("`ref` is longer than {REF_BYTES_MAX} bytes")));
+        return Err(Rejection::Unreadable(format!(
+            "`ref` is longer than {REF_BYTES_MAX} bytes"
+        )));
     }
     let Some(branch) = reference.strip_prefix("refs/heads/") else {
         return Ok(Meaning::Ignored(format!("{reference:?} is no branch")));
@@ -219,16 +279,30 @@ fn push_meaning(payload: Payload) -> Result<Meaning, Rejection> {
     if payload.deleted == Some(true) || after.bytes().all(|b| b == b'0') {
         return Ok(Meaning::Ignored(format!("branch {branch:?} was deleted")));
     }
-    let pusher = payload.pusher.and_then(|person| person.name.or(person.login)).unwrap_or_else(|| "unknown".to_owned());
-    let message = payload.head_commit.and_then(|commit| commit.message).unwrap_or_default();
+    let pusher = payload
+        .pusher
+        .and_then(|person| person.name.or(person.login))
+        .unwrap_or_else(|| "unknown".to_owned());
+    let message = payload
+        .head_commit
+        .and_then(|commit| commit.message)
+        .unwrap_or_default();
     Ok(Meaning::Push(Push {
         repository_id: repository.id,
-        repository: repository.full_name.ok_or_else(|| missing("repository.full_name"))?,
+        repository: repository
+            .full_name
+            .ok_or_else(|| missing("repository.full_name"))?,
         branch: branch.to_owned(),
         before,
         after,
         pusher: pusher.chars().take(100).collect(),
-        title: message.lines().next().unwrap_or_default().chars().take(200).collect(),
+        title: message
+            .lines()
+            .next()
+            .unwrap_or_default()
+            .chars()
+            .take(200)
+            .collect(),
         pushed_at: repository.pushed_at.as_ref().and_then(milliseconds),
     }))
 }
@@ -237,7 +311,10 @@ fn push_meaning(payload: Payload) -> Result<Meaning, Rejection> {
 fn milliseconds(value: &serde_json::Value) -> Option<i64> {
     match value {
         serde_json::Value::Number(seconds) => seconds.as_i64()?.checked_mul(1000),
-        serde_json::Value::String(text) => text.parse::<jiff::Timestamp>().ok().map(jiff::Timestamp::as_millisecond),
+        serde_json::Value::String(text) => text
+            .parse::<jiff::Timestamp>()
+            .ok()
+            .map(jiff::Timestamp::as_millisecond),
         _ => None,
     }
 }
@@ -248,17 +325,38 @@ enum Takers<'a> {
 }
 
 /// A secret counts only for its own environments: a push that names the repository of another one is unsigned.
-fn takers<'a>(push: &Push, signed: &[&'a Environment], all: &[Environment]) -> Result<Takers<'a>, Rejection> {
-    let of_repository = |environment: &&Environment| environment.repository.eq_ignore_ascii_case(&push.repository);
+fn takers<'a>(
+    push: &Push,
+    signed: &[&'a Environment],
+    all: &[Environment],
+) -> Result<Takers<'a>, Rejection> {
+    let of_repository = |environment: &&Environment| {
+        environment
+            .repository
+            .eq_ignore_ascii_case(&push.repository)
+    };
     let mut ours = signed.iter().copied().filter(of_repository).peekable();
     if ours.peek().is_none() {
         if all.iter().any(|environment| of_repository(&environment)) {
             return Err(Rejection::Signature);
         }
-        return Ok(Takers::Nobody(format!("no environment is of repository {:?}", push.repository)));
+        return Ok(Takers::Nobody(format!(
+            "no environment is of repository {:?}",
+            push.repository
+        )));
     }
-    let names: Vec<_> = ours.filter(|environment| environment.branch == push.branch).map(|environment| environment.name.as_str()).collect();
-    if names.is_empty() { Ok(Takers::Nobody(format!("no environment is of branch {:?}", push.branch))) } else { Ok(Takers::Environments(names)) }
+    let names: Vec<_> = ours
+        .filter(|environment| environment.branch == push.branch)
+        .map(|environment| environment.name.as_str())
+        .collect();
+    if names.is_empty() {
+        Ok(Takers::Nobody(format!(
+            "no environment is of branch {:?}",
+            push.branch
+        )))
+    } else {
+        Ok(Takers::Environments(names))
+    }
 }
 
 fn ignored(why: &str) -> Response {
@@ -266,21 +364,39 @@ fn ignored(why: &str) -> Response {
 }
 
 fn header_text(headers: &HeaderMap, name: &str) -> String {
-    headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned()
+    headers
+        .get(name)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default()
+        .to_owned()
 }
 
 impl IntoResponse for Rejection {
     fn into_response(self) -> Response {
         let (status, error) = match self {
-            Self::Signature => (StatusCode::UNAUTHORIZED, "the signature is missing or wrong".to_owned()),
+            Self::Signature => (
+                StatusCode::UNAUTHORIZED,
+                "the signature is missing or wrong".to_owned(),
+            ),
             Self::Unreadable(why) => (StatusCode::BAD_REQUEST, why),
-            Self::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, format!("a delivery has at most {BODY_BYTES_MAX} bytes")),
-            Self::Compressed => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "a compressed body is not read".to_owned()),
-            Self::NotStored => (StatusCode::SERVICE_UNAVAILABLE, "could not be stored; send it again".to_owned()),
+            Self::TooLarge => (
+                StatusCode::PAYLOAD_TOO_LARGE,
+                format!("a delivery has at most {BODY_BYTES_MAX} bytes"),
+            ),
+            Self::Compressed => (
+                StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                "a compressed body is not read".to_owned(),
+            ),
+            Self::NotStored => (
+                StatusCode::SERVICE_UNAVAILABLE,
+                "could not be stored; send it again".to_owned(),
+            ),
         };
         let mut response = (status, Json(json!({ "error": error }))).into_response();
         if status == StatusCode::SERVICE_UNAVAILABLE {
-            response.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from_static("5"));
+            response
+                .headers_mut()
+                .insert(header::RETRY_AFTER, header::HeaderValue::from_static("5"));
         }
         response
     }
@@ -293,22 +409,46 @@ mod tests {
     /// From GitHub's documentation, "Testing the webhook payload validation".
     #[test]
     fn the_known_answer_of_github_is_ours_too() {
-        let signature = hex::decode("757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17").unwrap();
-        assert!(is_signed(b"It's a Secret to Everybody", b"Hello, World!", &signature));
-        assert!(!is_signed(b"It's a Secret to Everybody", b"Hello, World?", &signature));
+        let signature =
+            hex::decode("757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17")
+                .unwrap();
+        assert!(is_signed(
+            b"It's a Secret to Everybody",
+            b"Hello, World!",
+            &signature
+        ));
+        assert!(!is_signed(
+            b"It's a Secret to Everybody",
+            b"Hello, World?",
+            &signature
+        ));
     }
 
     #[test]
     fn odd_but_valid_json_is_no_panic() {
-        for body in ["[0]", "{}", "null", "{\"ref\":5}", "{\"ref\":\"refs/heads/x\",\"repository\":[]}", &"[".repeat(100_000), "1e400"] {
-            assert!(meaning("push", &HeaderMap::new(), body.as_bytes()).is_err(), "{body:.40}");
+        for body in [
+            "[0]",
+            "{}",
+            "null",
+            "{\"ref\":5}",
+            "{\"ref\":\"refs/heads/x\",\"repository\":[]}",
+            &"[".repeat(100_000),
+            "1e400",
+        ] {
+            assert!(
+                meaning("push", &HeaderMap::new(), body.as_bytes()).is_err(),
+                "{body:.40}"
+            );
         }
     }
 
     #[test]
     fn pushed_at_is_read_in_both_forms() {
         assert_eq!(milliseconds(&json!(1_700_000_000)), Some(1_700_000_000_000));
-        assert_eq!(milliseconds(&json!("2023-11-14T22:13:20Z")), Some(1_700_000_000_000));
+        assert_eq!(
+            milliseconds(&json!("2023-11-14T22:13:20Z")),
+            Some(1_700_000_000_000)
+        );
         assert_eq!(milliseconds(&json!([])), None);
     }
 }

@@ -46,7 +46,11 @@ async fn start(config_path: &Path) -> anyhow::Result<Serving> {
         "{} names no environment: nothing could be deployed (the README has an example)",
         config_path.display()
     );
-    let store = Store::open(&config.data_dir, config.database.as_ref().map(crate::config::Secret::expose)).await?;
+    let store = Store::open(
+        &config.data_dir,
+        config.database.as_ref().map(crate::config::Secret::expose),
+    )
+    .await?;
     store.ensure_environments(&config.environments).await?;
     let listener = server::bind(config.listen, "LANDFALL_LISTEN").await?;
     let webhook_listener = match config.webhook_listen {
@@ -62,23 +66,57 @@ async fn start(config_path: &Path) -> anyhow::Result<Serving> {
         holder: hex::encode(random_bytes::<8>()?),
         stopping: CancellationToken::new(),
     };
-    let app = App { config, store, admin_token: admin_token.into(), shutdown };
-    Ok(Serving { app, agent: Arc::new(agent), listener, webhook_listener })
+    let app = App {
+        config,
+        store,
+        admin_token: admin_token.into(),
+        shutdown,
+    };
+    Ok(Serving {
+        app,
+        agent: Arc::new(agent),
+        listener,
+        webhook_listener,
+    })
 }
 
 impl Serving {
     async fn until_signal(self) {
-        let Self { app, agent, listener, webhook_listener } = self;
+        let Self {
+            app,
+            agent,
+            listener,
+            webhook_listener,
+        } = self;
         let shutdown = app.shutdown.clone();
-        println!("landfall {} at {}", env!("CARGO_PKG_VERSION"), app.config.base_url());
+        println!(
+            "landfall {} at {}",
+            env!("CARGO_PKG_VERSION"),
+            app.config.base_url()
+        );
         tracing::info!(listen = %app.config.listen, environments = app.config.environments.len(), "serving");
-        let pages = tokio::spawn(server::serve(listener, server::routes(app.clone()), shutdown.clone()));
-        let webhook =
-            webhook_listener.map(|listener| tokio::spawn(server::serve(listener, server::webhook_routes(app.clone()), shutdown.clone())));
-        let github = tokio::spawn(github::run(Arc::clone(&app.config), app.store.clone(), shutdown.clone()));
+        let pages = tokio::spawn(server::serve(
+            listener,
+            server::routes(app.clone()),
+            shutdown.clone(),
+        ));
+        let webhook = webhook_listener.map(|listener| {
+            tokio::spawn(server::serve(
+                listener,
+                server::webhook_routes(app.clone()),
+                shutdown.clone(),
+            ))
+        });
+        let github = tokio::spawn(github::run(
+            Arc::clone(&app.config),
+            app.store.clone(),
+            shutdown.clone(),
+        ));
         let queue = tokio::spawn(queue::run(agent, shutdown.clone()));
         wait_for_signal().await;
-        tracing::info!("stopping; running builds are left for the next start, a second signal ends at once");
+        tracing::info!(
+            "stopping; running builds are left for the next start, a second signal ends at once"
+        );
         shutdown.cancel();
         let all = async {
             let _ = queue.await;
@@ -96,7 +134,10 @@ impl Serving {
 }
 
 async fn wait_for_signal() {
-    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+    let (Ok(mut terminate), Ok(mut interrupt)) = (
+        signal(SignalKind::terminate()),
+        signal(SignalKind::interrupt()),
+    ) else {
         return std::future::pending().await;
     };
     tokio::select! {
@@ -112,7 +153,10 @@ fn admin_token(data_dir: &Path) -> anyhow::Result<String> {
     let path = data_dir.join("admin-token");
     match std::fs::read_to_string(&path) {
         Ok(token) if token.trim().len() >= 32 => return Ok(token.trim().to_owned()),
-        Ok(_) => anyhow::bail!("{} holds no token of 32 characters or more: remove it, and a new one is made", path.display()),
+        Ok(_) => anyhow::bail!(
+            "{} holds no token of 32 characters or more: remove it, and a new one is made",
+            path.display()
+        ),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
         Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
     }
@@ -127,13 +171,16 @@ fn admin_token(data_dir: &Path) -> anyhow::Result<String> {
         .with_context(|| format!("cannot write {}", unfinished.display()))?;
     file.write_all(format!("{token}\n").as_bytes())?;
     file.sync_all()?;
-    std::fs::rename(&unfinished, &path).with_context(|| format!("cannot write {}", path.display()))?;
+    std::fs::rename(&unfinished, &path)
+        .with_context(|| format!("cannot write {}", path.display()))?;
     Ok(token)
 }
 
 fn random_bytes<const N: usize>() -> anyhow::Result<[u8; N]> {
     use std::io::Read;
     let mut bytes = [0; N];
-    std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes)).context("cannot read /dev/urandom")?;
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut file| file.read_exact(&mut bytes))
+        .context("cannot read /dev/urandom")?;
     Ok(bytes)
 }

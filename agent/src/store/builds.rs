@@ -285,9 +285,10 @@ impl Store {
 
     /// How many builds have each status; those with none are left out.
     pub async fn count_by_status(&self) -> anyhow::Result<Vec<(Status, i64)>> {
-        let rows: Vec<(String, i64)> =
-            on!(&self.main, pool => sqlx::query_as("SELECT status, COUNT(*) FROM builds GROUP BY status").fetch_all(pool).await?);
-        rows.into_iter().map(|(status, count)| Ok((status.parse()?, count))).collect()
+        let rows: Vec<(String, i64)> = on!(&self.main, pool => sqlx::query_as("SELECT status, COUNT(*) FROM builds GROUP BY status").fetch_all(pool).await?);
+        rows.into_iter()
+            .map(|(status, count)| Ok((status.parse()?, count)))
+            .collect()
     }
 
     /// The push behind a build, to queue it anew.

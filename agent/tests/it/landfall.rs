@@ -1,0 +1,281 @@
+//! A running Landfall for tests: the real binary on a folder of its own, a git server that plays GitHub's, and a
+//! repository to push to. It is killed when the test ends.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use hmac::{Hmac, KeyInit, Mac};
+use serde_json::{Value, json};
+use sha2::Sha256;
+
+use crate::git_server::GitServer;
+use crate::support::{Namespace, busybox, eventually, kubeconfig, registry, setting};
+
+pub const BRANCH: &str = "main";
+pub const ZERO: &str = "0000000000000000000000000000000000000000";
+const SECRET: &str = "a webhook secret of more than 32 bytes";
+/// A build of the small site takes a few seconds; machines are slow and shared.
+pub const BUILD_LIMIT: Duration = Duration::from_secs(150);
+
+pub struct Landfall {
+    folder: tempfile::TempDir,
+    pub namespace: Namespace,
+    git: GitServer,
+    agent: Option<Child>,
+    port: u16,
+    http: reqwest::Client,
+    last: String,
+}
+
+impl Landfall {
+    /// A fresh repository with the small site, an environment of its own and a running agent.
+    pub async fn start(name: &str) -> Self {
+        Self::start_with(name, "").await
+    }
+
+    /// As `start`, with further lines of YAML for the environment.
+    pub async fn start_with(name: &str, more: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let namespace = Namespace::new(name);
+        let bare = folder.path().join("hello.git");
+        git(folder.path(), &["init", "-q", "--bare", "-b", BRANCH, bare.to_str().unwrap()]);
+        git(&bare, &["config", "http.receivepack", "true"]);
+        let server = GitServer::start(folder.path(), ([127, 0, 0, 1], 0).into(), None).await.unwrap();
+        let site = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/hello");
+        let work = folder.path().join("work");
+        assert!(Command::new("cp").arg("-r").arg(&site).arg(&work).status().unwrap().success());
+        git(&work, &["init", "-q", "-b", BRANCH]);
+        let mut landfall = Self {
+            port: free_port(),
+            http: reqwest::Client::builder().no_proxy().build().unwrap(),
+            agent: None,
+            git: server,
+            last: ZERO.to_owned(),
+            folder,
+            namespace,
+        };
+        landfall.configure(more);
+        landfall.run().await;
+        landfall
+    }
+
+    fn configure(&self, more: &str) {
+        let rights = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dev/agent-rights");
+        let output =
+            Command::new(rights).arg(kubeconfig()).arg(&self.namespace.0).arg(setting("LANDFALL_TEST_KUBECTL")).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        fs::write(self.path("agent.kubeconfig"), output.stdout).unwrap();
+        let config = format!(
+            "listen: 127.0.0.1:{port}\ndata_dir: data\nenvironments:\n  - name: hello\n    repository: acme/hello\n    branch: {BRANCH}\n    \
+             clone_url: {url}\n    webhook_secrets: [{SECRET}]\n    kubeconfig: agent.kubeconfig\n    namespace: {namespace}\n    \
+             image_prefix: {registry}/{namespace}\n    build_args: {{ BASE: \"{base}\" }}\n{more}",
+            port = self.port,
+            url = self.git.url("hello.git"),
+            namespace = self.namespace.0,
+            registry = registry(),
+            base = busybox(),
+        );
+        fs::write(self.path("agent.yaml"), config).unwrap();
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    pub fn url(&self, path: &str) -> String {
+        format!("http://127.0.0.1:{}{path}", self.port)
+    }
+
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_landfall"));
+        command.args(arguments).current_dir(self.folder.path());
+        command
+    }
+
+    /// Starts the agent and waits until it is ready.
+    pub async fn run(&mut self) {
+        let log = fs::File::options().create(true).append(true).open(self.path("agent.log")).unwrap();
+        let child = self
+            .command(&["serve", "--config", "agent.yaml"])
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        self.agent = Some(child);
+        let ready = self.url("/readyz");
+        eventually("the agent is ready", Duration::from_secs(20), async || {
+            self.http.get(&ready).send().await.ok().filter(|answer| answer.status().is_success()).map(drop)
+        })
+        .await;
+    }
+
+    /// `kill -9`.
+    pub fn kill(&mut self) {
+        let mut agent = self.agent.take().expect("the agent runs");
+        agent.kill().unwrap();
+        agent.wait().unwrap();
+    }
+
+    /// SIGTERM, and how long it took to end.
+    pub fn terminate(&mut self) -> Duration {
+        let mut agent = self.agent.take().expect("the agent runs");
+        let begun = std::time::Instant::now();
+        assert!(Command::new("kill").arg(agent.id().to_string()).status().unwrap().success());
+        agent.wait().unwrap();
+        begun.elapsed()
+    }
+
+    /// Writes files, commits them and pushes the branch to the git server. Tells the commit; GitHub's delivery is extra.
+    pub fn commit(&mut self, files: &[(&str, &str)]) -> String {
+        let work = self.path("work");
+        for (path, text) in files {
+            let path = work.join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        git(&work, &["add", "-A"]);
+        git(&work, &["commit", "-q", "--allow-empty", "-m", "Change the site <b>& more"]);
+        git(&work, &["push", "-q", "--force", &self.git.url("hello.git"), BRANCH]);
+        git(&work, &["rev-parse", "HEAD"])
+    }
+
+    /// The push delivery that GitHub would send for this commit on top of the last one.
+    pub fn payload(&self, after: &str) -> Value {
+        push_payload("acme/hello", &format!("refs/heads/{BRANCH}"), &self.last, after)
+    }
+
+    /// Commits, pushes, delivers; the number of the build.
+    pub async fn push(&mut self, files: &[(&str, &str)]) -> i64 {
+        let after = self.commit(files);
+        let payload = self.payload(&after);
+        self.last = after;
+        let (status, answer) = self.deliver(&payload).await;
+        assert_eq!(status, 202, "{answer}");
+        answer["builds"][0]["build"].as_i64().unwrap()
+    }
+
+    /// Signed and sent as GitHub does.
+    pub async fn deliver(&self, payload: &Value) -> (u16, Value) {
+        let body = payload.to_string();
+        self.post("push", &[("x-hub-signature-256", &sign(SECRET, body.as_bytes()))], body.into_bytes()).await
+    }
+
+    pub async fn post(&self, event: &str, headers: &[(&str, &str)], body: Vec<u8>) -> (u16, Value) {
+        let mut request = self.http.post(self.url("/webhook")).header("x-github-event", event).header("x-github-delivery", "d-1");
+        if !headers.iter().any(|(name, _)| *name == "content-type") {
+            request = request.header("content-type", "application/json");
+        }
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let answer = request.body(body).send().await.unwrap();
+        (answer.status().as_u16(), answer.json().await.unwrap_or(Value::Null))
+    }
+
+    pub async fn get(&self, path: &str) -> Value {
+        let answer = self.http.get(self.url(path)).send().await.unwrap();
+        assert!(answer.status().is_success(), "GET {path}: {}", answer.status());
+        answer.json().await.unwrap()
+    }
+
+    pub async fn text(&self, path: &str) -> String {
+        self.http.get(self.url(path)).send().await.unwrap().text().await.unwrap()
+    }
+
+    /// A write, with the admin token.
+    pub async fn write(&self, path: &str, body: Value) -> (u16, Value) {
+        let token = fs::read_to_string(self.path("data/admin-token")).unwrap();
+        let answer = self.http.post(self.url(path)).bearer_auth(token.trim()).json(&body).send().await.unwrap();
+        (answer.status().as_u16(), answer.json().await.unwrap_or(Value::Null))
+    }
+
+    pub async fn build(&self, id: i64) -> Value {
+        self.get(&format!("/api/builds/{id}")).await
+    }
+
+    /// Waits until a build is in a stage; the build where it is already past it.
+    pub async fn reach(&self, id: i64, stage: &str) -> Value {
+        eventually(&format!("build {id} reaches {stage}"), BUILD_LIMIT, async || {
+            let build = self.build(id).await;
+            let begun = build["stages"].as_array()?.iter().any(|row| row["stage"] == stage);
+            (begun || is_terminal(&build)).then_some(build)
+        })
+        .await
+    }
+
+    /// Waits until a build has ended.
+    pub async fn end(&self, id: i64) -> Value {
+        let build = eventually(&format!("build {id} ends"), BUILD_LIMIT, async || {
+            let build = self.build(id).await;
+            is_terminal(&build).then_some(build)
+        })
+        .await;
+        if build["status"] == "errored" {
+            println!("--- log of build {id}\n{}", self.text(&format!("/api/builds/{id}/log")).await);
+        }
+        build
+    }
+
+    pub async fn log(&self, id: i64) -> String {
+        self.text(&format!("/api/builds/{id}/log")).await
+    }
+
+    /// What the site serves inside the cluster.
+    pub fn served(&self, path: &str) -> String {
+        let service = format!("/api/v1/namespaces/{}/services/hello:80/proxy{path}", self.namespace.0);
+        crate::support::kubectl(&["get", "--raw", &service])
+    }
+}
+
+impl Drop for Landfall {
+    fn drop(&mut self) {
+        if let Some(mut agent) = self.agent.take() {
+            let _ = agent.kill();
+            let _ = agent.wait();
+        }
+        if std::thread::panicking() {
+            println!("--- the agent's log\n{}", fs::read_to_string(self.path("agent.log")).unwrap_or_default());
+        }
+    }
+}
+
+pub fn is_terminal(build: &Value) -> bool {
+    !matches!(build["status"].as_str(), Some("queued" | "running"))
+}
+
+pub fn push_payload(repository: &str, reference: &str, before: &str, after: &str) -> Value {
+    json!({
+        "ref": reference, "before": before, "after": after, "created": false, "deleted": false, "forced": false,
+        "repository": { "id": 1, "full_name": repository, "clone_url": "http://127.0.0.1:1/never-contacted.git" },
+        "pusher": { "name": "mona", "email": "mona@example.org" },
+        "head_commit": { "id": after, "message": "Change the site <b>& more\n\nBody" },
+    })
+}
+
+pub fn sign(secret: &str, body: &[u8]) -> String {
+    let mut mac = Hmac::<Sha256>::new_from_slice(secret.as_bytes()).unwrap();
+    mac.update(body);
+    format!("sha256={}", hex::encode(mac.finalize().into_bytes()))
+}
+
+pub fn secret() -> &'static str {
+    SECRET
+}
+
+pub fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+fn git(folder: &Path, arguments: &[&str]) -> String {
+    let output = Command::new("git")
+        .args(["-c", "user.name=Mona", "-c", "user.email=mona@example.org"])
+        .args(arguments)
+        .current_dir(folder)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "git {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
