@@ -526,3 +526,17 @@ fn innermost(error: &dyn std::error::Error) -> String {
     }
     error.to_string()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A build runs as a task; a closure that borrows for any lifetime would forbid it, and say so far from here.
+    #[test]
+    fn the_stage_can_run_as_a_task() {
+        fn run_as_task<'a>(scope: &'a Scope<'a>, release: &'a Release, rolled_out: &'a RolledOut) -> impl Send + 'a {
+            run(scope, release, rolled_out)
+        }
+        let _ = run_as_task;
+    }
+}
