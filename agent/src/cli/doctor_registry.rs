@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::doctor::name;
 use super::findings::Finding;
 use crate::config::{Config, Environment};
-use crate::registry::{self, Logins};
+use crate::docker::registry::{self, Logins};
 
 struct Login {
     username: String,

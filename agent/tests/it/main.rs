@@ -1,6 +1,22 @@
 //! Landfall from outside, on real Docker, a real cluster and real git. `make test` sets up what these need.
 
-mod support;
+mod checkout;
+mod checkout_ssh;
 mod cli;
+mod context;
+mod deploy;
+mod docker_world;
 mod fake_github;
+mod git_server;
+mod git_world;
 mod github;
+mod image;
+mod landfall;
+mod line;
+mod post_receive;
+mod registry_proxy;
+mod support;
+mod test_stage;
+mod tidy;
+mod verify;
+mod yaml;
