@@ -3,10 +3,12 @@
 //! The line: agent.yaml → all checks side by side, each within `CHECK_LIMIT` → findings. Changes nothing, neither here
 //! nor in the cluster.
 
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use anyhow::Context;
 use clap::Args;
 use futures_util::future::{BoxFuture, FutureExt, join_all};
 use rustix::fs::{Access, access, statvfs};
@@ -73,7 +75,7 @@ async fn look(config: &Config, path: &str) -> Vec<Finding> {
     ];
     for environment in &config.environments {
         checks.push(async { vec![check_secrets(environment)] }.boxed());
-        checks.push(limited_for(environment, "clone", check_clone(config, environment)).boxed());
+        checks.push(limited_for(environment, "clone", check_clone(environment)).boxed());
         checks.push(limited_for(environment, "registry", doctor_registry::check(config, environment)).boxed());
         checks.push(doctor_cluster::check(environment).boxed());
     }
@@ -187,12 +189,12 @@ fn check_secrets(environment: &Environment) -> Finding {
     Finding::ok(name(environment, "webhook secret"), format!("{count} of at least {least} bytes"))
 }
 
-async fn check_clone(config: &Config, environment: &Environment) -> Vec<Finding> {
+async fn check_clone(environment: &Environment) -> Vec<Finding> {
     let check = name(environment, "clone");
     let (url, branch) = (&environment.clone_url, &environment.branch);
     let head = async {
-        let exe = git_process::own_exe()?;
-        checkout::branch_head(environment, &exe, &config.data_dir.join("mirrors")).await
+        let (exe, folder) = (git_process::own_exe()?, Throwaway::new(environment)?);
+        checkout::branch_head(environment, &exe, &folder.0).await
     };
     vec![match head.await {
         Ok(Some(commit)) => Finding::ok(check, format!("{url}, {branch} is at {}", crate::builds::short(&commit))),
@@ -202,6 +204,24 @@ async fn check_clone(config: &Config, environment: &Environment) -> Vec<Finding>
             Finding::fail(check, format!("{error:#}"), fix)
         }
     }]
+}
+
+/// A folder for one question to git. Not the agent's own: we may be another user, and would leave it what it cannot use.
+struct Throwaway(PathBuf);
+
+impl Throwaway {
+    fn new(environment: &Environment) -> anyhow::Result<Self> {
+        let name = format!("landfall-doctor-{}-{}", std::process::id(), environment.name);
+        let path = std::env::temp_dir().join(name);
+        std::fs::DirBuilder::new().mode(0o700).create(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Throwaway {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
 }
 
 async fn check_github(config: &Config) -> Vec<Finding> {
