@@ -23,7 +23,6 @@ pub mod manifests;
 pub mod metrics;
 pub mod pipeline;
 pub mod queue;
-pub mod registry;
 pub mod release;
 pub mod render;
 pub mod runner;

@@ -23,7 +23,7 @@ use super::steps::Steps;
 use super::{CheckedOut, Scope, StageError, StageResult, limited};
 use crate::builds::Cause;
 use crate::docker;
-use crate::registry::Logins;
+use crate::docker::registry::Logins;
 
 /// Labels of what we build and run; `sweep` looks for them.
 pub const LABEL_BUILD: &str = "landfall.dev/build";
@@ -194,7 +194,7 @@ fn check_frontend(context: &Context) -> StageResult<()> {
     let Some(frontend) = frontend(&context.dockerfile_text) else {
         return Ok(());
     };
-    let (name, _) = crate::registry::split(frontend);
+    let (name, _) = crate::docker::registry::split(frontend);
     let name = name.strip_prefix("docker.io/").unwrap_or(name);
     if matches!(name, "docker/dockerfile" | "docker/dockerfile-upstream") {
         return Ok(());

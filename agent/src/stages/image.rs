@@ -17,7 +17,7 @@ use futures_util::StreamExt;
 use super::patience::{Trouble, engine, patiently};
 use super::{Built, CheckedOut, Scope, StageError, StageResult, buildkit, limited};
 use crate::docker;
-use crate::registry::{self, Logins};
+use crate::docker::registry::{self, Logins};
 
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 /// How often another build of the same commit may take the tag between our tagging and our push.

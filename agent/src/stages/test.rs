@@ -25,7 +25,7 @@ use crate::builds::Cause;
 use crate::config;
 use crate::docker;
 use crate::pipeline::Test;
-use crate::registry::{self, Logins};
+use crate::docker::registry::{self, Logins};
 
 /// On every container that an agent made.
 const LABEL_AGENT: &str = "landfall.dev/agent";

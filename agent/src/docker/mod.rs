@@ -2,6 +2,8 @@
 //!
 //! The line: connect → agree on a version → can it build? Never starts, restarts or configures an engine.
 
+pub mod registry;
+
 use std::io;
 use std::time::Duration;
 
@@ -66,7 +68,11 @@ pub fn is_away(error: &Error) -> bool {
 
 /// Whether this user may not use the engine's socket: no waiting helps.
 pub fn is_forbidden(error: &Error) -> bool {
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = match error {
+        // It hides behind the error that it wraps.
+        Error::IOError { err } => Some(err),
+        error => Some(error),
+    };
     while let Some(error) = cause {
         let io = error.downcast_ref::<io::Error>();
         if io.is_some_and(|io| io.kind() == io::ErrorKind::PermissionDenied) {
