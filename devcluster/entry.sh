@@ -156,6 +156,7 @@ start_node() {
     wait_for kube-apiserver kubectl apply --server-side --force-conflicts -f run/addons.yaml
     wait_for kubelet node_is_ready
     wait_for kube-controller-manager kubectl get serviceaccount default # no pod can be made before it
+    wait_for metrics-server kubectl get --raw /apis/metrics.k8s.io/v1beta1 # no namespace can be deleted before it
 }
 
 # After a restart the node's Ready is still the one of before, until the kubelet's first heartbeat.

@@ -61,6 +61,13 @@ pub struct Config {
     pub environments: Vec<Environment>,
 }
 
+/// What the git process keeps of the environment: where programs and certificate authorities are.
+pub fn variables_for_git() -> impl Iterator<Item = (&'static str, std::ffi::OsString)> {
+    ["PATH", "SSL_CERT_FILE", "SSL_CERT_DIR"]
+        .into_iter()
+        .filter_map(|name| Some((name, std::env::var_os(name)?)))
+}
+
 /// Who may read pages and `/api`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]

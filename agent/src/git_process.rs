@@ -15,7 +15,7 @@ use tokio::process::{Child, Command};
 
 use crate::build_log::Masker;
 use crate::builds::Cause;
-use crate::config::Environment;
+use crate::config::{self, Environment};
 
 /// The hidden subcommand; `main.rs` hands it to `git_child::main_in_child`.
 pub const SUBCOMMAND: &str = "__git";
@@ -23,8 +23,6 @@ pub const SUBCOMMAND: &str = "__git";
 pub const LINE_BYTES_MAX: u64 = 1 << 20;
 /// What is kept of the child's stderr.
 const STDERR_BYTES_MAX: u64 = 16 * 1024;
-/// The variables that the child keeps: where programs and certificate authorities are.
-const VARIABLES_KEPT: [&str; 3] = ["PATH", "SSL_CERT_FILE", "SSL_CERT_DIR"];
 
 /// What the child is asked. Holds the token: no `Debug`.
 #[derive(Serialize, Deserialize)]
@@ -166,8 +164,8 @@ pub async fn ask(
         bytes_max: environment.limits.clone_bytes,
         seconds_max: environment.limits.clone_timeout_seconds,
     };
-    let home = home(mirrors, environment).map_err(agent)?;
-    let mut child = spawn(exe, &home).map_err(agent)?;
+    let home = home(mirrors, environment)?;
+    let mut child = spawn(exe, &home)?;
     let masked = |text: &str| note(&masker.mask_text(text));
     let conversation = converse(&mut child, &request, silence, &masked);
     conversation
@@ -175,8 +173,10 @@ pub async fn ask(
         .map_err(|trouble| trouble.masked(&masker))
 }
 
-fn agent(error: anyhow::Error) -> Trouble {
-    Trouble::Agent(format!("{error:#}"))
+impl From<anyhow::Error> for Trouble {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Agent(format!("{error:#}"))
+    }
 }
 
 /// The child's HOME: nothing but the pinned host keys, named by their content. libgit2 reads them there.
@@ -214,14 +214,11 @@ fn digest(text: &str) -> String {
 }
 
 fn spawn(exe: &Path, home: &Path) -> anyhow::Result<Child> {
-    let kept = VARIABLES_KEPT
-        .iter()
-        .filter_map(|name| Some((name, std::env::var_os(name)?)));
     Command::new(exe)
         .arg0("landfall")
         .arg(SUBCOMMAND)
         .env_clear()
-        .envs(kept)
+        .envs(config::variables_for_git())
         .env("HOME", home)
         .current_dir(home)
         .stdin(Stdio::piped())
@@ -243,7 +240,7 @@ async fn converse(
     let mut stdin = child.stdin.take().ok_or_else(gone)?;
     let mut stdout = BufReader::new(child.stdout.take().ok_or_else(gone)?);
     let stderr = tokio::spawn(head_of(child.stderr.take().ok_or_else(gone)?));
-    let mut text = serde_json::to_vec(request).map_err(|error| agent(error.into()))?;
+    let mut text = serde_json::to_vec(request).map_err(anyhow::Error::from)?;
     text.push(b'\n');
     // A child that is gone already says why on stderr.
     let _ = stdin.write_all(&text).await;
@@ -271,7 +268,7 @@ async fn converse(
     let status = child.wait().await;
     match answer {
         Some(answer) => answer,
-        None => Err(ended_early(status, stderr.await.unwrap_or_default())),
+        None => Err(ended_early(status, &stderr.await.unwrap_or_default())),
     }
 }
 
@@ -295,7 +292,7 @@ async fn head_of(mut stderr: impl AsyncRead + Unpin) -> String {
     String::from_utf8_lossy(&head).trim().to_owned()
 }
 
-fn ended_early(status: std::io::Result<std::process::ExitStatus>, stderr: String) -> Trouble {
+fn ended_early(status: std::io::Result<std::process::ExitStatus>, stderr: &str) -> Trouble {
     use std::os::unix::process::ExitStatusExt;
     let signal = status.as_ref().ok().and_then(ExitStatusExt::signal);
     if signal == Some(rustix::process::Signal::XFSZ.as_raw()) {

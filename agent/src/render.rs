@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use serde_json::{Map, Value, json};
 
 use crate::builds::{Cause, short};
-use crate::cluster::policy::pod_pointer;
+use crate::cluster::policy::{ACCOUNT_LABEL, pod_pointer};
 use crate::manifests::{Manifest, display_name, kind, name, text};
 use crate::release;
 
@@ -65,6 +65,12 @@ pub fn render(target: &Target<'_>, manifests: &[Manifest]) -> Result<Rendered, C
     let configs = configs(&objects);
     for object in &mut objects {
         stamp_template(object, &configs)?;
+    }
+    for account in objects
+        .iter_mut()
+        .filter(|object| kind(object) == "ServiceAccount")
+    {
+        write(account, "labels", ACCOUNT_LABEL.0, ACCOUNT_LABEL.1);
     }
     objects.sort_by_key(|object| rank(kind(object)));
     let set_hash = release::hash(&objects);
@@ -288,7 +294,7 @@ fn stamp_template(object: &mut Value, configs: &Configs) -> Result<(), Cause> {
     let hash = release::hash(&parts);
     let digits = hash.get(..HASH_DIGITS).unwrap_or_default();
     if let Some(template) = template_mut(object) {
-        annotate(template, RELEASE, digits);
+        write(template, "annotations", RELEASE, digits);
     }
     if kind(object) == "Job" {
         let suffix = hash.get(..JOB_HASH_DIGITS).unwrap_or_default();
@@ -379,14 +385,14 @@ fn stamp_history(target: &Target<'_>, object: &mut Value, set_hash: &str) {
         cause.trim_end(),
     ];
     for (key, value) in HISTORY.iter().zip(values) {
-        annotate(object, key, value);
+        write(object, "annotations", key, value);
     }
 }
 
-/// Sets `metadata.annotations[key]`.
-fn annotate(parent: &mut Value, key: &str, value: &str) {
+/// Sets `metadata.LIST[key]`, with the list `labels` or `annotations`.
+fn write(parent: &mut Value, list: &str, key: &str, value: &str) {
     let mut at = parent;
-    for field in ["metadata", "annotations"] {
+    for field in ["metadata", list] {
         let Some(members) = at.as_object_mut() else {
             return;
         };
@@ -396,8 +402,8 @@ fn annotate(parent: &mut Value, key: &str, value: &str) {
         }
         at = next;
     }
-    if let Some(annotations) = at.as_object_mut() {
-        annotations.insert(key.to_owned(), value.into());
+    if let Some(texts) = at.as_object_mut() {
+        texts.insert(key.to_owned(), value.into());
     }
 }
 

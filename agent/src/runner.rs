@@ -21,8 +21,8 @@ use crate::config::{Config, Environment};
 use crate::release::Release;
 use crate::stages::checkout::Checkout;
 use crate::stages::{
-    Applied, CheckedOut, Scope, StageError, StageResult, checkout, deploy, image, smoke_test, test,
-    verify,
+    Applied, Built, CheckedOut, Live, RolledOut, Scope, StageError, StageResult, Tested, checkout,
+    deploy, image, smoke_test, test, verify,
 };
 use crate::store::{Store, make_private_dir};
 
@@ -260,45 +260,13 @@ impl<'a> Line<'a> {
             Checkout::Ready(checked_out) => checked_out,
             Checkout::Stale { head } => return Ok(Ended::stale(self.build, &head)),
         };
-        let built = self
-            .stage(
-                Stage::Image,
-                async |scope, built| image::still_there(scope, built).await,
-                async |scope| image::run(scope, &checked_out).await,
-            )
-            .await?;
-        self.agent
-            .store
-            .set_image(self.build, &built.reference())
-            .await?;
-        self.stage(
-            Stage::Test,
-            async |_, _| true,
-            async |scope| test::run(scope, &checked_out, &built).await,
-        )
-        .await?;
-        let applied: Applied = self
-            .stage(
-                Stage::Deploy,
-                async |_, _| true,
-                async |scope| self.deploy(scope, &checked_out, &built).await,
-            )
-            .await?;
+        let built = self.image(&checked_out).await?;
+        self.test(&checked_out, &built).await?;
+        let applied = self.deploy(&checked_out, &built).await?;
         let release = self.stored_release(applied.release_id).await?;
         self.touch(&release);
-        let rolled_out = self
-            .stage(
-                Stage::Verify,
-                async |_, _| false,
-                async |scope| verify::run(scope, &release, &applied).await,
-            )
-            .await?;
-        self.stage(
-            Stage::SmokeTest,
-            async |_, _| false,
-            async |scope| smoke_test::run(scope, &release, &rolled_out).await,
-        )
-        .await?;
+        let rolled_out = self.verify(&release, &applied).await?;
+        self.smoke_test(&release, &rolled_out).await?;
         self.agent
             .store
             .release_is_live(self.build, &release)
@@ -316,50 +284,101 @@ impl<'a> Line<'a> {
     }
 
     async fn checkout(&self) -> StageResult<Checkout> {
+        let log = self.log.stage(Stage::Checkout);
+        if let Some(Checkout::Ready(checked_out)) = self.baton(Stage::Checkout).await?
+            && checkout::still_there(&checked_out)
+        {
+            return Ok(Checkout::Ready(checked_out));
+        }
         // A person who asks for a build gets it, older or not.
         let deployed = match self.build.kind {
             BuildKind::Push => self.agent.store.deployed(&self.build.environment).await?.0,
             BuildKind::Manual | BuildKind::Rerun => None,
         };
-        let mut stale = None;
+        let scope = self.scope(&log);
         let done = self
-            .stage(
+            .journaled(
                 Stage::Checkout,
-                async |_, checked_out: &Option<CheckedOut>| {
-                    checked_out.as_ref().is_some_and(checkout::still_there)
-                },
-                async |scope| match checkout::run(scope, &self.agent.exe, deployed.as_deref())
-                    .await?
-                {
-                    Checkout::Ready(checked_out) => Ok(Some(checked_out)),
-                    Checkout::Stale { head } => {
-                        stale = Some(head);
-                        Ok(None)
-                    }
-                },
+                checkout::run(&scope, &self.agent.exe, deployed.as_deref()),
             )
             .await?;
-        match (done, stale) {
-            (Some(checked_out), _) => {
-                self.agent
-                    .store
-                    .describe(self.build, &checked_out.commit, &checked_out.title)
-                    .await?;
-                Ok(Checkout::Ready(checked_out))
-            }
-            (None, head) => Ok(Checkout::Stale {
-                head: head.unwrap_or_default(),
-            }),
+        if let Checkout::Ready(checked_out) = &done {
+            self.agent
+                .store
+                .describe(self.build, &checked_out.commit, &checked_out.title)
+                .await?;
         }
+        Ok(done)
+    }
+
+    async fn image(&self, checked_out: &CheckedOut) -> StageResult<Built> {
+        let log = self.log.stage(Stage::Image);
+        let scope = self.scope(&log);
+        if let Some(built) = self.baton(Stage::Image).await?
+            && image::still_there(&scope, &built).await
+        {
+            return Ok(built);
+        }
+        let built = self
+            .journaled(Stage::Image, image::run(&scope, checked_out))
+            .await?;
+        self.agent
+            .store
+            .set_image(self.build, &built.reference())
+            .await?;
+        Ok(built)
+    }
+
+    async fn test(&self, checked_out: &CheckedOut, built: &Built) -> StageResult<Tested> {
+        if let Some(tested) = self.baton(Stage::Test).await? {
+            return Ok(tested);
+        }
+        let log = self.log.stage(Stage::Test);
+        self.journaled(
+            Stage::Test,
+            test::run(&self.scope(&log), checked_out, built),
+        )
+        .await
+    }
+
+    async fn deploy(&self, checked_out: &CheckedOut, built: &Built) -> StageResult<Applied> {
+        if let Some(applied) = self.baton(Stage::Deploy).await? {
+            return Ok(applied);
+        }
+        let log = self.log.stage(Stage::Deploy);
+        self.journaled(
+            Stage::Deploy,
+            self.plan_and_apply(&self.scope(&log), checked_out, built),
+        )
+        .await
+    }
+
+    /// Looked at anew after every restart: what was true then may not be true now.
+    async fn verify(&self, release: &Release, applied: &Applied) -> StageResult<RolledOut> {
+        let log = self.log.stage(Stage::Verify);
+        self.journaled(
+            Stage::Verify,
+            verify::run(&self.scope(&log), release, applied),
+        )
+        .await
+    }
+
+    async fn smoke_test(&self, release: &Release, rolled_out: &RolledOut) -> StageResult<Live> {
+        let log = self.log.stage(Stage::SmokeTest);
+        self.journaled(
+            Stage::SmokeTest,
+            smoke_test::run(&self.scope(&log), release, rolled_out),
+        )
+        .await
     }
 
     /// Plan, then the last moment to stop, then the release's row, then the first mutation. A resumed build applies the
     /// set that is stored.
-    async fn deploy(
+    async fn plan_and_apply(
         &self,
         scope: &Scope<'_>,
         checked_out: &CheckedOut,
-        built: &crate::stages::Built,
+        built: &Built,
     ) -> StageResult<Applied> {
         let stored = self
             .agent
@@ -409,33 +428,29 @@ impl<'a> Line<'a> {
             Touched::Release(Arc::clone(release));
     }
 
-    /// A stage that the journal has as passed, and whose baton's things still exist, is not run again.
-    async fn stage<T: Serialize + DeserializeOwned>(
-        &self,
-        stage: Stage,
-        still_there: impl AsyncFnOnce(&Scope<'_>, &T) -> bool,
-        work: impl AsyncFnOnce(&Scope<'_>) -> StageResult<T>,
-    ) -> StageResult<T> {
-        let log = self.log.stage(stage);
-        let scope = Scope {
+    fn scope<'s>(&'s self, log: &'s StageLog) -> Scope<'s> {
+        Scope {
             build: self.build,
             environment: self.environment,
             docker: &self.agent.config.docker,
             mirrors: &self.mirrors,
             work: &self.work,
-            log: &log,
+            log,
             cancel: self.cancel,
-        };
-        if let Some(baton) = self.baton::<T>(stage).await?
-            && still_there(&scope, &baton).await
-        {
-            return Ok(baton);
         }
+    }
+
+    /// Runs a stage between two lines of the journal: begun, and how it ended, with its baton.
+    async fn journaled<T: Serialize>(
+        &self,
+        stage: Stage,
+        work: impl Future<Output = StageResult<T>>,
+    ) -> StageResult<T> {
         if self.cancel.is_cancelled() {
             return Err(StageError::Canceled);
         }
         self.agent.store.begin_stage(self.build, stage).await?;
-        let result = work(&scope).await;
+        let result = work.await;
         let (status, baton) = match &result {
             Ok(baton) => (
                 StageStatus::Passed,
@@ -454,6 +469,7 @@ impl<'a> Line<'a> {
         result
     }
 
+    /// What a stage that passed has handed on.
     async fn baton<T: DeserializeOwned>(&self, stage: Stage) -> anyhow::Result<Option<T>> {
         let stages = self.agent.store.stages(self.build.id).await?;
         let passed = stages

@@ -48,7 +48,8 @@ pub fn tagged(kind: &str, text: &str) -> Result<Scalar, String> {
                     .map_err(|_| "!!binary holds something that is not text".to_owned())?,
             )
         }
-        _ => plain(text),
+        "int" | "float" | "bool" | "null" | "timestamp" => plain(text),
+        _ => Scalar::Text(text.to_owned()),
     };
     let fits = match (kind, &scalar) {
         ("int", Scalar::Int(_) | Scalar::Uint(_))
@@ -138,7 +139,7 @@ impl Scalar {
 
 /// As Go writes it: a float without fraction is written as an integer, and read back as one. None where not finite.
 pub fn json_number(value: f64) -> Option<Number> {
-    if value.abs() < 1e21 {
+    if value.abs() < 1e21 && !(value == 0.0 && value.is_sign_negative()) {
         // The shortest digits that mean this value, filled up with zeros: not the exact value.
         let digits = format!("{value}");
         if let Ok(integer) = digits.parse::<i64>() {

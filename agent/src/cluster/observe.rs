@@ -63,16 +63,6 @@ impl Unseen {
     }
 }
 
-impl Cluster {
-    /// Objects of one kind in the environment's namespace.
-    pub fn api<K>(&self) -> Api<K>
-    where
-        K: kube::Resource<Scope = kube::core::NamespaceResourceScope, DynamicType = ()>,
-    {
-        Api::namespaced(self.client.clone(), &self.namespace)
-    }
-}
-
 /// Asks once, within the limit.
 pub async fn ask<T>(
     what: &str,

@@ -13,8 +13,8 @@ pub const MANAGER: &str = "landfall";
 pub const MANAGER_REPLICAS: &str = "landfall-replicas";
 /// The manager of `kubectl apply` as people use it.
 const MANAGER_CLIENT_SIDE: &str = "kubectl-client-side-apply";
-/// Of `kubectl rollout undo` and `kubectl rollout restart`.
-const MANAGER_ROLLOUT: &str = "kubectl-rollout";
+/// Of `kubectl rollout undo`, which writes the whole template; `rollout restart` is `kubectl-rollout`.
+const MANAGER_UNDO: &str = "kubectl";
 const LAST_APPLIED: &str = "f:kubectl.kubernetes.io/last-applied-configuration";
 
 /// One field that another manager has with another value.
@@ -70,31 +70,29 @@ impl Taking<'_> {
 
 /// The managedFields with which fields of people's tools are ours, so that those which the manifests no longer hold
 /// really go. None where nothing is to move. `template_changes`: only then is the template of a `kubectl rollout undo`
-/// taken over; else an annotation of `rollout restart` would go, and with it every pod.
+/// taken over, for else its pods would be replaced although nothing is new.
 pub fn migrated(live: &Value, template_changes: bool) -> Option<Value> {
     let mut entries = live.pointer("/metadata/managedFields")?.as_array()?.clone();
     let mut moved = Map::new();
     let mut version = String::new();
     for entry in &mut entries {
-        let manager = text(entry, "/manager");
-        let counts =
-            manager == MANAGER_CLIENT_SIDE || (manager == MANAGER_ROLLOUT && template_changes);
-        if !counts
-            || text(entry, "/operation") != "Update"
-            || !text(entry, "/subresource").is_empty()
-        {
+        if text(entry, "/operation") != "Update" || !text(entry, "/subresource").is_empty() {
             continue;
         }
+        let manager = text(entry, "/manager").to_owned();
         let entry_version = text(entry, "/apiVersion").to_owned();
         let Some(fields) = entry.get_mut("fieldsV1").and_then(Value::as_object_mut) else {
             continue;
         };
-        let taken = without_last_applied(fields);
-        if taken.is_empty() {
-            continue;
+        let taken = match manager.as_str() {
+            MANAGER_CLIENT_SIDE => without_last_applied(fields),
+            MANAGER_UNDO if template_changes => take_template(fields),
+            _ => continue,
+        };
+        if !taken.is_empty() {
+            merge(&mut moved, taken);
+            version = entry_version;
         }
-        merge(&mut moved, taken);
-        version = entry_version;
     }
     if moved.is_empty() {
         return None;
@@ -151,6 +149,20 @@ fn without_last_applied(fields: &mut Map<String, Value>) -> Map<String, Value> {
     }
     prune(&mut taken, "f:annotations");
     taken
+}
+
+/// Takes `spec.template` out.
+fn take_template(fields: &mut Map<String, Value>) -> Map<String, Value> {
+    let Some(spec) = fields.get_mut("f:spec").and_then(Value::as_object_mut) else {
+        return Map::new();
+    };
+    let Some(template) = spec.remove("f:template") else {
+        return Map::new();
+    };
+    if spec.is_empty() {
+        fields.remove("f:spec");
+    }
+    Map::from_iter([("f:spec".to_owned(), json!({"f:template": template}))])
 }
 
 /// Drops `f:metadata` where only the hull of an annotation is left in it.
@@ -224,19 +236,18 @@ mod tests {
     #[test]
     fn only_an_undo_whose_template_we_replace_is_taken_over() {
         let live = live(&[entry(
-            MANAGER_ROLLOUT,
+            MANAGER_UNDO,
             "Update",
-            &json!({"f:spec": {"f:template": {}}}),
+            &json!({"f:spec": {"f:template": {}, "f:paused": {}}}),
         )]);
         assert_eq!(migrated(&live, false), None);
         let migrated = migrated(&live, true).unwrap();
-        assert_eq!(migrated.as_array().unwrap().len(), 1);
+        assert_eq!(migrated[0]["fieldsV1"], json!({"f:spec": {"f:paused": {}}}));
+        assert_eq!(text(&migrated[1], "/manager"), MANAGER);
+        assert_eq!(text(&migrated[1], "/operation"), "Apply");
         assert_eq!(
-            (
-                text(&migrated[0], "/manager"),
-                text(&migrated[0], "/operation")
-            ),
-            (MANAGER, "Apply")
+            migrated[1]["fieldsV1"],
+            json!({"f:spec": {"f:template": {}}})
         );
     }
 

@@ -36,6 +36,9 @@ const GROUPS: [(&str, &str); 20] = [
     ("StatefulSet", "apps"),
 ];
 
+/// On every service account that a release made: it has no rights but those that the operator gave it knowingly.
+pub const ACCOUNT_LABEL: (&str, &str) = ("landfall.dev/account", "release");
+
 const CAPABILITY_ALLOWED: &str = "NET_BIND_SERVICE";
 
 /// Whether the environment allows every object; else `policy_denied`, with object, file and field.
@@ -59,33 +62,30 @@ pub fn check(environment: &Environment, objects: &[Manifest]) -> Result<(), Caus
     Ok(())
 }
 
-/// A live service account that this agent did not make could hold any rights.
+/// A live service account that no release made could hold any rights.
 pub fn check_live_account(
     environment: &Environment,
     name: &str,
     live: &Value,
 ) -> Result<(), Cause> {
-    let entries = live
-        .pointer("/metadata/managedFields")
-        .and_then(Value::as_array);
-    let is_ours = entries
-        .into_iter()
-        .flatten()
-        .any(|entry| text(entry, "/manager") == "landfall");
-    let is_given = live
-        .pointer("/metadata/labels/landfall.dev~1adopt")
-        .is_some();
-    if is_ours || is_given {
+    let (key, value) = ACCOUNT_LABEL;
+    let label = live
+        .get("metadata")
+        .and_then(|metadata| metadata.get("labels")?.get(key));
+    if label.is_some_and(|label| label == value) {
         return Ok(());
     }
     let sentence = format!(
         "serviceaccount/{name} exists and was made by somebody else: its rights are not the repository's to use"
     );
+    let command = format!(
+        "kubectl -n {} label serviceaccount/{name} {key}={value}",
+        environment.namespace
+    );
     Err(Cause::new("policy_denied", sentence)
         .object(format!("serviceaccount/{name}"))
         .hint(format!(
-            "choose another name, or let the operator hand it over: kubectl -n {} label serviceaccount/{name} landfall.dev/adopt=true",
-            environment.namespace
+            "choose another name, or let the operator hand it over: {command}"
         )))
 }
 
@@ -565,12 +565,11 @@ mod tests {
 
     #[test]
     fn a_service_account_of_somebody_else_is_denied() {
+        let (key, value) = ACCOUNT_LABEL;
+        let ours = serde_json::json!({"metadata": {"labels": {key: value}}});
         let theirs =
             serde_json::json!({"metadata": {"managedFields": [{"manager": "kubectl-create"}]}});
-        let ours = serde_json::json!({"metadata": {"managedFields": [{"manager": "landfall"}]}});
-        let given = serde_json::json!({"metadata": {"labels": {"landfall.dev/adopt": "true"}}});
         assert!(check_live_account(&environment(""), "admin", &theirs).is_err());
         assert!(check_live_account(&environment(""), "admin", &ours).is_ok());
-        assert!(check_live_account(&environment(""), "admin", &given).is_ok());
     }
 }

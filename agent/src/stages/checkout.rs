@@ -24,7 +24,7 @@ const DIGITS_MIN: usize = 7;
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// What became of it.
-#[derive(Debug)]
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
 pub enum Checkout {
     Ready(CheckedOut),
     /// What is deployed came after this commit, and the branch's head is another: building it would go backwards.
@@ -128,7 +128,12 @@ async fn check_out(scope: &Scope<'_>, exe: &Path, deployed: Option<&str>) -> Sta
         facts
     } else {
         let half = make_room(scope.work, &tree)?;
-        match fetch(scope, exe, deployed, &half).await? {
+        let answer = fetch(scope, exe, deployed, &half).await;
+        if answer.is_err() {
+            // A refused tree may be large, and the build's folder may be kept for a while.
+            let _ = remove(&half);
+        }
+        match answer? {
             Answer::Tree(facts) => {
                 keep(&half, &tree, &facts)?;
                 facts

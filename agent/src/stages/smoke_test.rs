@@ -127,7 +127,7 @@ impl Tester<'_> {
             ));
         }
         let Some(live) = self
-            .retried(deadline, async |it| it.service(service).await)
+            .retried(deadline, || self.service(service))
             .await?
         else {
             let cause = Cause::new(
@@ -173,7 +173,7 @@ impl Tester<'_> {
             };
             let place = pod_place(&live, pod);
             let cluster = self.cluster;
-            self.repeat(&question, async || proxy::get(cluster, &place, path).await)
+            self.repeat(&question, || proxy::get(cluster, &place, path))
                 .await?;
         }
         self.old_endpoints_gone(service, &old, deadline).await?;
@@ -185,7 +185,7 @@ impl Tester<'_> {
             answers: SERVICE_ANSWERS,
         };
         let (cluster, place) = (self.cluster, service_place(&live, service));
-        self.repeat(&question, async || proxy::get(cluster, &place, path).await)
+        self.repeat(&question, || proxy::get(cluster, &place, path))
             .await
     }
 
@@ -225,18 +225,15 @@ impl Tester<'_> {
             deadline,
             answers: 1,
         };
-        self.repeat(&question, async || {
-            get_outside(&client, address.clone()).await
-        })
+        self.repeat(&question, || get_outside(&client, address.clone()))
         .await
     }
 
     /// Asks until the answer is good so many times, wrong for long enough, or time is up.
-    async fn repeat(
-        &mut self,
-        question: &Question<'_>,
-        ask: impl AsyncFn() -> Asked,
-    ) -> StageResult<()> {
+    async fn repeat<F>(&mut self, question: &Question<'_>, ask: impl Fn() -> F) -> StageResult<()>
+    where
+        F: Future<Output = Asked>,
+     {
         let unreachable = Duration::from_secs(self.scope.environment.limits.unreachable_seconds);
         let (mut good, mut wrong_since, mut pause, mut seen) =
             (0, None, PAUSE_FIRST, Instant::now());
@@ -293,14 +290,14 @@ impl Tester<'_> {
 
     /// Waits until the Service leads to new pods only; those that drain do not count.
     async fn old_endpoints_gone(
-        &mut self,
+        &self,
         service: &str,
         old: &[String],
         deadline: Instant,
     ) -> StageResult<()> {
         loop {
             let slices = self
-                .retried(deadline, async |it| it.slices(service).await)
+                .retried(deadline, || self.slices(service))
                 .await?;
             let endpoints: Vec<_> = slices.iter().flat_map(|slice| &slice.endpoints).collect();
             let condition = |value: Option<bool>| value.unwrap_or_default();
@@ -344,12 +341,12 @@ impl Tester<'_> {
     }
 
     /// The release's pods that are to stay, and the uids of older ones.
-    async fn pods(&mut self, deadline: Instant) -> StageResult<(Vec<Pod>, Vec<String>)> {
+    async fn pods(&self, deadline: Instant) -> StageResult<(Vec<Pod>, Vec<String>)> {
         let (mut new, mut old) = (Vec::new(), Vec::new());
         let targets = self.targets;
         for target in targets {
             let Some(snapshot) = self
-                .retried(deadline, async |it| it.snapshot(target).await)
+                .retried(deadline, || self.snapshot(target))
                 .await?
             else {
                 continue;
@@ -368,15 +365,14 @@ impl Tester<'_> {
     }
 
     /// Looks until it sees; gives up when the cluster was out of sight for too long, whatever the test's own limit.
-    async fn retried<T>(
-        &self,
-        deadline: Instant,
-        look: impl AsyncFn(&Self) -> Result<T, Unseen>,
-    ) -> StageResult<T> {
+    async fn retried<T, F>(&self, deadline: Instant, look: impl Fn() -> F) -> StageResult<T>
+    where
+        F: Future<Output = Result<T, Unseen>>,
+    {
         let unreachable = Duration::from_secs(self.scope.environment.limits.unreachable_seconds);
         let give_up = deadline.max(Instant::now() + unreachable);
         loop {
-            match look(self).await {
+            match look().await {
                 Ok(seen) => return Ok(seen),
                 Err(unseen) if unseen.for_good || Instant::now() >= give_up => {
                     return Err(StageError::Agent(
@@ -529,4 +525,18 @@ fn innermost(error: &dyn std::error::Error) -> String {
         error = source;
     }
     error.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A build runs as a task; a closure that borrows for any lifetime would forbid it, and say so far from here.
+    #[test]
+    fn the_stage_can_run_as_a_task() {
+        fn run_as_task<'a>(scope: &'a Scope<'a>, release: &'a Release, rolled_out: &'a RolledOut) -> impl Send + 'a {
+            run(scope, release, rolled_out)
+        }
+        let _ = run_as_task;
+    }
 }

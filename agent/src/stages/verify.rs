@@ -259,3 +259,17 @@ async fn show(scope: &Scope<'_>, cluster: &Cluster) {
             .line(format!("What stands cannot be shown: {:#}", unseen.error)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A build runs as a task; a closure that borrows for any lifetime would forbid it, and say so far from here.
+    #[test]
+    fn the_stage_can_run_as_a_task() {
+        fn run_as_task<'a>(scope: &'a Scope<'a>, release: &'a Release, applied: &'a Applied) -> impl Send + 'a {
+            run(scope, release, applied)
+        }
+        let _ = run_as_task;
+    }
+}

@@ -84,6 +84,8 @@ impl GitServer {
         self.shared.broken.store(status, Ordering::SeqCst);
     }
 
+    /// Until it ends by itself, which it does not: what the demo waits on.
+    #[allow(dead_code)]
     pub async fn run(mut self) {
         let _ = (&mut self.task).await;
     }

@@ -1,8 +1,19 @@
 //! Landfall from outside, on real Docker, a real cluster and real git. `make test` sets up what these need.
 
+mod checkout;
+mod checkout_ssh;
 mod context;
 mod docker_world;
+mod deploy;
+mod git_server;
+mod git_world;
 mod image;
+mod landfall;
+mod line;
+mod post_receive;
 mod registry_proxy;
 mod support;
 mod test_stage;
+mod tidy;
+mod verify;
+mod yaml;
