@@ -3,6 +3,7 @@
 mod checkout;
 mod checkout_ssh;
 mod context;
+mod docker_world;
 mod deploy;
 mod git_server;
 mod git_world;
@@ -10,6 +11,7 @@ mod image;
 mod landfall;
 mod line;
 mod post_receive;
+mod registry_proxy;
 mod support;
 mod test_stage;
 mod tidy;
