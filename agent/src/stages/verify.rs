@@ -267,7 +267,11 @@ mod tests {
     /// A build runs as a task; a closure that borrows for any lifetime would forbid it, and say so far from here.
     #[test]
     fn the_stage_can_run_as_a_task() {
-        fn run_as_task<'a>(scope: &'a Scope<'a>, release: &'a Release, applied: &'a Applied) -> impl Send + 'a {
+        fn run_as_task<'a>(
+            scope: &'a Scope<'a>,
+            release: &'a Release,
+            applied: &'a Applied,
+        ) -> impl Send + 'a {
             run(scope, release, applied)
         }
         let _ = run_as_task;
