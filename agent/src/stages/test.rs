@@ -24,8 +24,8 @@ use super::{Built, CheckedOut, Scope, StageError, StageResult, Tested, buildkit,
 use crate::builds::Cause;
 use crate::config;
 use crate::docker;
-use crate::pipeline::Test;
 use crate::docker::registry::{self, Logins};
+use crate::pipeline::Test;
 
 /// On every container that an agent made.
 const LABEL_AGENT: &str = "landfall.dev/agent";
