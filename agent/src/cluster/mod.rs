@@ -120,6 +120,14 @@ impl Cluster {
         })
     }
 
+    /// Objects of one kind in the environment's namespace.
+    pub fn api<K>(&self) -> kube::Api<K>
+    where
+        K: kube::Resource<Scope = kube::core::NamespaceResourceScope, DynamicType = ()>,
+    {
+        kube::Api::namespaced(self.client.clone(), &self.namespace)
+    }
+
     /// How the object's kind is asked for; None where the cluster does not know it.
     pub async fn resource(&self, object: &Value) -> Result<Option<Resource>, Trouble> {
         let (version, kind) = (manifests::api_version(object), manifests::kind(object));

@@ -126,10 +126,7 @@ impl Tester<'_> {
                 format!("{path:?} is no path that a smoke test may ask for"),
             ));
         }
-        let Some(live) = self
-            .retried(deadline, || self.service(service))
-            .await?
-        else {
+        let Some(live) = self.retried(deadline, || self.service(service)).await? else {
             let cause = Cause::new(
                 "smoke_no_endpoint",
                 format!("service/{service} does not exist"),
@@ -226,14 +223,14 @@ impl Tester<'_> {
             answers: 1,
         };
         self.repeat(&question, || get_outside(&client, address.clone()))
-        .await
+            .await
     }
 
     /// Asks until the answer is good so many times, wrong for long enough, or time is up.
     async fn repeat<F>(&mut self, question: &Question<'_>, ask: impl Fn() -> F) -> StageResult<()>
     where
         F: Future<Output = Asked>,
-     {
+    {
         let unreachable = Duration::from_secs(self.scope.environment.limits.unreachable_seconds);
         let (mut good, mut wrong_since, mut pause, mut seen) =
             (0, None, PAUSE_FIRST, Instant::now());
@@ -296,9 +293,7 @@ impl Tester<'_> {
         deadline: Instant,
     ) -> StageResult<()> {
         loop {
-            let slices = self
-                .retried(deadline, || self.slices(service))
-                .await?;
+            let slices = self.retried(deadline, || self.slices(service)).await?;
             let endpoints: Vec<_> = slices.iter().flat_map(|slice| &slice.endpoints).collect();
             let condition = |value: Option<bool>| value.unwrap_or_default();
             let is_old = |endpoint: &&&k8s_openapi::api::discovery::v1::Endpoint| {
@@ -345,10 +340,7 @@ impl Tester<'_> {
         let (mut new, mut old) = (Vec::new(), Vec::new());
         let targets = self.targets;
         for target in targets {
-            let Some(snapshot) = self
-                .retried(deadline, || self.snapshot(target))
-                .await?
-            else {
+            let Some(snapshot) = self.retried(deadline, || self.snapshot(target)).await? else {
                 continue;
             };
             new.extend(
@@ -534,7 +526,11 @@ mod tests {
     /// A build runs as a task; a closure that borrows for any lifetime would forbid it, and say so far from here.
     #[test]
     fn the_stage_can_run_as_a_task() {
-        fn run_as_task<'a>(scope: &'a Scope<'a>, release: &'a Release, rolled_out: &'a RolledOut) -> impl Send + 'a {
+        fn run_as_task<'a>(
+            scope: &'a Scope<'a>,
+            release: &'a Release,
+            rolled_out: &'a RolledOut,
+        ) -> impl Send + 'a {
             run(scope, release, rolled_out)
         }
         let _ = run_as_task;

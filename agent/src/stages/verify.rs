@@ -42,6 +42,7 @@ pub async fn run(
         histories: targets.iter().map(|_| History::default()).collect(),
         told: vec![String::new(); targets.len()],
         snapshots: Vec::new(),
+        last_words: String::new(),
     };
     let judged = tokio::select! {
         biased;
@@ -72,7 +73,7 @@ pub async fn run(
     let revisions =
         revisions.map(|(target, snapshot)| (target.display_name(), rollout::revision(snapshot)));
     Ok(RolledOut {
-        release_id: release.id,
+        release_id: applied.release_id,
         revisions: revisions.collect(),
     })
 }
@@ -85,6 +86,8 @@ struct Rollout<'a> {
     told: Vec<String>,
     /// The newest of each workload.
     snapshots: Vec<Snapshot>,
+    /// What was told last of a dying container: its brothers mostly say the same.
+    last_words: String,
 }
 
 impl Rollout<'_> {
@@ -206,10 +209,17 @@ impl Rollout<'_> {
 
     fn tell_last_words(&mut self, scope: &Scope<'_>) {
         for (who, words) in self.observer.take_new_words() {
-            scope.log.line(format!("Last words of {who}:"));
-            for line in words.lines() {
-                scope.log.line(format!("  | {line}"));
+            if self.last_words == words {
+                scope
+                    .log
+                    .line(format!("The last words of {who} were the same."));
+                continue;
             }
+            scope.log.line(format!("Last words of {who}:"));
+            words
+                .lines()
+                .for_each(|line| scope.log.line(format!("  | {line}")));
+            self.last_words = words;
         }
     }
 
@@ -267,7 +277,11 @@ mod tests {
     /// A build runs as a task; a closure that borrows for any lifetime would forbid it, and say so far from here.
     #[test]
     fn the_stage_can_run_as_a_task() {
-        fn run_as_task<'a>(scope: &'a Scope<'a>, release: &'a Release, applied: &'a Applied) -> impl Send + 'a {
+        fn run_as_task<'a>(
+            scope: &'a Scope<'a>,
+            release: &'a Release,
+            applied: &'a Applied,
+        ) -> impl Send + 'a {
             run(scope, release, applied)
         }
         let _ = run_as_task;

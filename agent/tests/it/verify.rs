@@ -367,8 +367,11 @@ async fn a_pod_that_no_node_has_room_for_is_named() {
 #[tokio::test]
 async fn a_program_killed_for_memory_is_dead_though_it_was_available() {
     let stand = Stand::new("oom", |namespace| {
-        // tail keeps a whole line, and zeros never end one.
-        let mut deployment = deployment(namespace, 1, "tail /dev/zero");
+        let mut deployment = deployment(
+            namespace,
+            1,
+            "sleep 1; exec dd if=/dev/zero of=/dev/null bs=64M",
+        );
         container(&mut deployment)["resources"] = json!({"limits": {"memory": "16Mi"}});
         vec![deployment]
     });
