@@ -61,7 +61,11 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 fn configuration(path: &str, config: &Config) -> Finding {
     let names: Vec<&str> = config.environments.iter().map(|environment| environment.name.as_str()).collect();
     match names.as_slice() {
-        [] => Finding::fail("agent.yaml", format!("{path} names no environment"), "add one under `environments:`; the README has an example"),
+        [] => Finding::fail(
+            "agent.yaml",
+            format!("{path} names no environment"),
+            "add one under `environments:`; the README has an example",
+        ),
         names => Finding::ok("agent.yaml", format!("{path}, environments: {}", names.join(", "))),
     }
 }
@@ -105,7 +109,11 @@ async fn check_agent(config: &Config, path: &str) -> Vec<Finding> {
     let asked = async { reqwest::Client::builder().no_proxy().build()?.get(format!("http://{address}/readyz")).send().await };
     vec![match asked.await {
         Ok(answer) if answer.status().is_success() => Finding::ok("agent", format!("running, {}", config.base_url())),
-        Ok(answer) => Finding::warn("agent", format!("something answers {} at {address}", answer.status()), "see its log, or choose another `listen`"),
+        Ok(answer) => Finding::warn(
+            "agent",
+            format!("something answers {} at {address}", answer.status()),
+            "see its log, or choose another `listen`",
+        ),
         Err(_) => Finding::warn("agent", format!("not running: nobody answers at {address}"), fix),
     }]
 }
@@ -135,7 +143,9 @@ fn check_disk(data_dir: &Path) -> Finding {
     let place = nearest(data_dir);
     let free = match statvfs(place) {
         Ok(found) => found.f_bavail.saturating_mul(found.f_frsize),
-        Err(error) => return Finding::warn("disk", format!("cannot see how full {} is: {error}", place.display()), "look with `df`"),
+        Err(error) => {
+            return Finding::warn("disk", format!("cannot see how full {} is: {error}", place.display()), "look with `df`");
+        }
     };
     let says = format!("{:.1} GiB free for {}", bytes_as_gib(free), data_dir.display());
     let fix = "make room, or move `data_dir`: trees, build contexts and logs are kept there";
@@ -200,7 +210,9 @@ async fn check_clone(environment: &Environment) -> Vec<Finding> {
         Ok(Some(commit)) => Finding::ok(check, format!("{url}, {branch} is at {}", crate::builds::short(&commit))),
         Ok(None) => Finding::fail(check, format!("{url} has no branch {branch:?}"), "push it, or set `branch`"),
         Err(error) => {
-            let fix = format!("try `git ls-remote {url} {branch}`; a private repository needs `clone_token`, or `ssh_key` and `known_hosts`");
+            let fix = format!(
+                "try `git ls-remote {url} {branch}`; a private repository needs `clone_token`, or `ssh_key` and `known_hosts`"
+            );
             Finding::fail(check, format!("{error:#}"), fix)
         }
     }]
@@ -236,9 +248,11 @@ async fn check_github(config: &Config) -> Vec<Finding> {
         let looking = async {
             vec![match github::check(&config.github, repository).await {
                 Ok(()) => Finding::ok("github token", format!("it can see {repository}")),
-                Err(error) => {
-                    Finding::fail("github token", format!("{error:#}"), "make a token that may read the repository and write commit statuses")
-                }
+                Err(error) => Finding::fail(
+                    "github token",
+                    format!("{error:#}"),
+                    "make a token that may read the repository and write commit statuses",
+                ),
             }]
         };
         limited("github token", looking).await

@@ -78,7 +78,8 @@ async fn the_exit_code_tells_how_a_build_ended() {
         assert_eq!(output.status.code(), Some(code), "{status} {outcome}");
     }
     let mut late = build("failed", "unchanged");
-    late["cause"] = serde_json::json!({ "id": "time_out", "sentence": "tests took longer than 5 s", "object": null, "hint": null });
+    late["cause"] =
+        serde_json::json!({ "id": "time_out", "sentence": "tests took longer than 5 s", "object": null, "hint": null });
     let agent = FakeAgent::start(late, numbered(1), vec![Ending::End]).await;
     let output = run(&agent, &["rerun", "42"]).await;
     assert_eq!(output.status.code(), Some(124));
@@ -91,7 +92,8 @@ async fn the_exit_code_tells_how_a_build_ended() {
 
 #[tokio::test]
 async fn what_a_log_holds_cannot_command_a_terminal() {
-    let lines = ["\u{1b}[31mred\u{1b}[0m", "a\u{1b}]52;c;aGk=\u{7}b", "\u{1b}[2J\u{1b}[1Agone?", "10%\r20%", "\u{9b}2Jx"].map(str::to_owned);
+    let lines = ["\u{1b}[31mred\u{1b}[0m", "a\u{1b}]52;c;aGk=\u{7}b", "\u{1b}[2J\u{1b}[1Agone?", "10%\r20%", "\u{9b}2Jx"]
+        .map(str::to_owned);
     let agent = FakeAgent::start(build("passed", "live"), lines.to_vec(), vec![Ending::End]).await;
     let clean = "red\nab\ngone?\n10%\n20%\nx\n";
     for words in [&["logs", "42"][..], &["logs", "-f", "42"][..]] {
@@ -169,7 +171,15 @@ fn an_agent_that_is_away_is_exit_5_with_what_to_do() {
 
 #[test]
 fn words_that_are_not_understood_are_exit_2() {
-    for words in [&["logs"][..], &["logs", "0"][..], &["logs", "-1"][..], &["logs", "4x"][..], &["status", "--limit", "0"][..], &["status", "--status", "red"][..], &["deploy"][..]] {
+    for words in [
+        &["logs"][..],
+        &["logs", "0"][..],
+        &["logs", "-1"][..],
+        &["logs", "4x"][..],
+        &["status", "--limit", "0"][..],
+        &["status", "--status", "red"][..],
+        &["deploy"][..],
+    ] {
         assert_eq!(landfall(words).output().unwrap().status.code(), Some(2), "{words:?}");
     }
 }
@@ -268,7 +278,9 @@ fn what_a_push_would_be_refused_for_is_found_before_it() {
 fn doctor_says_everything_that_is_missing_and_its_fix_in_time() {
     let tree = tree();
     let begun = Instant::now();
-    let doctor = |words: &[&str]| landfall(words).current_dir(tree.path()).env("DOCKER_HOST", "unix:///nowhere/docker.sock").output().unwrap();
+    let doctor = |words: &[&str]| {
+        landfall(words).current_dir(tree.path()).env("DOCKER_HOST", "unix:///nowhere/docker.sock").output().unwrap()
+    };
     let output = doctor(&["doctor", "--output", "json"]);
     assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
     assert_eq!(output.status.code(), Some(5), "{}", talk(&output));
@@ -305,7 +317,10 @@ async fn the_command_line_and_a_real_agent_understand_each_other() {
         command
     };
     let mut agent = here(&["serve"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    eventually("the agent answers", Duration::from_secs(20), async || here(&["status"]).output().unwrap().status.success().then_some(())).await;
+    eventually("the agent answers", Duration::from_secs(20), async || {
+        here(&["status"]).output().unwrap().status.success().then_some(())
+    })
+    .await;
     let output = here(&["build", COMMIT]).output().unwrap();
     assert_eq!(output.status.code(), Some(5), "nothing can be cloned: {}", talk(&output));
     assert!(out(&output).contains("127.0.0.1:1"), "{}", out(&output));

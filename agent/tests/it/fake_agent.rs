@@ -89,7 +89,11 @@ async fn log(State(agent): State<FakeAgent>) -> String {
     agent.play().lines.iter().map(|line| format!("{line}\n")).collect()
 }
 
-async fn write(State(agent): State<FakeAgent>, axum::extract::Path(action): axum::extract::Path<String>, headers: HeaderMap) -> Response {
+async fn write(
+    State(agent): State<FakeAgent>,
+    axum::extract::Path(action): axum::extract::Path<String>,
+    headers: HeaderMap,
+) -> Response {
     if headers.get("authorization").is_none_or(|value| value != format!("Bearer {TOKEN}").as_str()) {
         return (StatusCode::UNAUTHORIZED, Json(json!({ "error": "needs a token" }))).into_response();
     }
