@@ -190,7 +190,7 @@ impl Cause {
 }
 
 /// A build as the store has it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Build {
     pub id: i64,
     pub environment: String,

@@ -3,11 +3,12 @@
 //! The line: `webhook → queue → runner → stages → cluster`. `ARCHITECTURE.md` is the map; `tests/it/tidy.rs` checks
 //! the directions between these modules.
 
+pub mod ansi;
 pub mod api;
 pub mod build_log;
 pub mod builds;
 pub mod cli;
-
+pub mod client;
 pub mod cluster;
 pub mod config;
 pub mod dashboard;

@@ -2,21 +2,25 @@
 
 use std::process::ExitCode;
 
+use clap::Parser;
+use landfall::{cli, git_child, git_process};
+
 fn main() -> ExitCode {
-    if std::env::args().nth(1).as_deref() == Some(landfall::git_process::SUBCOMMAND) {
-        return landfall::git_child::main_in_child();
+    if std::env::args_os().nth(1).is_some_and(|word| word == git_process::SUBCOMMAND) {
+        return git_child::main_in_child();
     }
+    // Before any TLS: two crates of ours would each choose one, and rustls refuses to guess.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .init();
-    let path = std::env::args().nth(3).unwrap_or_default();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .expect("runtime");
-    runtime
-        .block_on(landfall::cli::serve::run(path.as_ref()))
-        .unwrap_or(ExitCode::FAILURE)
+    let cli = cli::Cli::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("landfall: cannot start: {error}");
+            return ExitCode::from(cli::exit::UNREACHABLE);
+        }
+    };
+    let code = runtime.block_on(cli::run(cli));
+    // A thread that reads names or files may hang for longer than anybody wants to wait.
+    runtime.shutdown_background();
+    code
 }

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -91,10 +92,11 @@ impl Working {
         let (agent, token, id) = (Arc::clone(&self.agent), CancellationToken::new(), build.id);
         self.builds.insert(id, token.clone());
         self.tasks.spawn(async move {
-            // In a task of its own: a panic ends this build and nothing else.
-            let running = tokio::spawn({
+            // On a thread of its own: a panic ends this build and nothing else, and a stage that computes for long holds
+            // up no page.
+            let running = tokio::task::spawn_blocking({
                 let (agent, build) = (Arc::clone(&agent), build.clone());
-                async move { runner::run(&agent, build, token).await }
+                move || Handle::current().block_on(runner::run(&agent, build, token))
             });
             if running.await.is_err() {
                 let cause = Cause::new(

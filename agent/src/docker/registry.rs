@@ -139,10 +139,10 @@ async fn of_docker(path: &Path) -> anyhow::Result<HashMap<String, DockerCredenti
     asked.extend(&config.helpers);
     let answers = asked
         .into_iter()
-        .map(async |(key, helper)| (key, helper, ask(helper, key).await));
+        .map(|(key, helper)| ask_named(key.clone(), helper.clone()));
     for (key, helper, answer) in futures_util::future::join_all(answers).await {
         match answer {
-            Ok(login) => drop(by_host.insert(normal(key), login)),
+            Ok(login) => drop(by_host.insert(normal(&key), login)),
             Err(error) => {
                 tracing::warn!(registry = %key, %helper, "no login from the credential helper: {error:#}")
             }
@@ -164,6 +164,14 @@ fn inline(key: &str, auth: &Auth) -> Option<DockerCredentials> {
     };
     login.identitytoken = auth.identitytoken.clone().filter(|token| !token.is_empty());
     (login.username.is_some() || login.identitytoken.is_some()).then_some(login)
+}
+
+async fn ask_named(
+    key: String,
+    helper: String,
+) -> (String, String, anyhow::Result<DockerCredentials>) {
+    let answer = ask(&helper, &key).await;
+    (key, helper, answer)
 }
 
 /// `docker-credential-HELPER get`, with the registry on its standard input.

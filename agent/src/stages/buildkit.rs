@@ -46,7 +46,7 @@ pub async fn build_target(
         None => "the build of the image".to_owned(),
     };
     let logins = Logins::read(scope.docker, scope.environment).await?;
-    let work = patiently(scope, "Docker or a registry", async || {
+    let work = patiently(scope, "Docker or a registry", || async {
         let docker = engine(scope).await?.with_timeout(limit);
         check_builder(&docker).await?;
         build_once(scope, checked_out, target, &docker, &logins).await

@@ -68,7 +68,7 @@ async fn push(scope: &Scope<'_>, built: &Built) -> StageResult<String> {
     let logins = Logins::read(scope.docker, scope.environment).await?;
     let host = registry::host(&built.repository);
     for _ in 0..TAG_RACES_MAX {
-        let digest = patiently(scope, &format!("registry {host}"), async || {
+        let digest = patiently(scope, &format!("registry {host}"), || async {
             let docker = engine(scope).await?;
             tag(&docker, built).await?;
             push_once(scope, &docker, built, &logins).await
@@ -122,7 +122,7 @@ async fn push_once(
 
 /// Whether the engine, too, knows our image by this digest in this repository.
 async fn is_ours(scope: &Scope<'_>, built: &Built, digest: &str) -> StageResult<bool> {
-    let ask = async || {
+    let ask = || async {
         let docker = engine(scope).await?;
         docker
             .inspect_image(&built.config_digest)

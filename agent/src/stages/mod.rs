@@ -181,3 +181,40 @@ pub struct Live {
     pub release_id: i64,
     pub requests: u64,
 }
+
+#[cfg(test)]
+mod spawned {
+    use super::*;
+
+    /// What a build owns while it runs in a task of its own.
+    struct Owned {
+        build: Build,
+        environment: Environment,
+        docker: Docker,
+        log: StageLog,
+        cancel: CancellationToken,
+        checked_out: CheckedOut,
+        built: Built,
+    }
+
+    fn needs_send<F: Future + Send + 'static>(_work: F) {}
+
+    #[allow(dead_code)]
+    fn stages_can_run_in_a_spawned_task(owned: Owned) {
+        needs_send(async move {
+            let scope = Scope {
+                build: &owned.build,
+                environment: &owned.environment,
+                docker: &owned.docker,
+                mirrors: Path::new("/"),
+                work: Path::new("/"),
+                log: &owned.log,
+                cancel: &owned.cancel,
+            };
+            let _ = image::still_there(&scope, &owned.built).await;
+            let _ = image::run(&scope, &owned.checked_out).await;
+            let _ = test::sweep(&owned.docker, 1).await;
+            test::run(&scope, &owned.checked_out, &owned.built).await
+        });
+    }
+}

@@ -47,7 +47,7 @@ impl Trouble {
 
 /// The engine of this agent, waited for where it is away.
 pub async fn engine(scope: &Scope<'_>) -> StageResult<Docker> {
-    patiently(scope, "Docker", async || {
+    patiently(scope, "Docker", || async {
         docker::connect(scope.docker).await.map_err(|error| {
             if docker::is_forbidden(&error) {
                 let advice =
@@ -62,11 +62,14 @@ pub async fn engine(scope: &Scope<'_>) -> StageResult<Docker> {
 
 /// Asks until there is an answer; while somebody is away it waits, says so in the log, and gives up after
 /// `unreachable_seconds` with our error. `what` is who is waited for: "Docker", "registry ghcr.io".
-pub async fn patiently<T>(
+pub async fn patiently<T, Asking>(
     scope: &Scope<'_>,
     what: &str,
-    mut ask: impl AsyncFnMut() -> Result<T, Trouble>,
-) -> StageResult<T> {
+    mut ask: impl FnMut() -> Asking,
+) -> StageResult<T>
+where
+    Asking: Future<Output = Result<T, Trouble>>,
+{
     let limit = Duration::from_secs(scope.environment.limits.unreachable_seconds);
     let mut away_since: Option<Instant> = None;
     let mut said: Option<Instant> = None;

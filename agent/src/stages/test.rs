@@ -24,8 +24,8 @@ use super::{Built, CheckedOut, Scope, StageError, StageResult, Tested, buildkit,
 use crate::builds::Cause;
 use crate::config;
 use crate::docker;
-use crate::pipeline::Test;
 use crate::docker::registry::{self, Logins};
+use crate::pipeline::Test;
 
 /// On every container that an agent made.
 const LABEL_AGENT: &str = "landfall.dev/agent";
@@ -140,7 +140,7 @@ async fn pull(scope: &Scope<'_>, reference: &str) -> StageResult<()> {
     let limit = Duration::from_secs(scope.environment.limits.build_timeout_seconds);
     let logins = Logins::read(scope.docker, scope.environment).await?;
     let who = format!("registry {}", registry::host(reference));
-    let work = patiently(scope, &who, async || {
+    let work = patiently(scope, &who, || async {
         let docker = engine(scope).await?;
         let here = docker.inspect_image(reference).await.is_ok();
         if here && reference.contains('@') {

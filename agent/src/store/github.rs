@@ -4,31 +4,49 @@ use sqlx::FromRow;
 
 use super::Store;
 use super::dialect::on;
-use crate::builds::{Build, now};
+use crate::builds::{Build, Millis, now};
 
-/// A build whose status GitHub does not show yet.
+/// A build of which not everything was said.
 #[derive(Debug, Clone)]
 pub struct Untold {
     pub build: Build,
-    /// What was told last: `pending`, `success`, `failure` or `error`.
+    /// What was told last: None or `pending`.
     pub told: Option<String>,
+    /// Failed tries since something was told.
     pub tries: i64,
+    /// Not to be tried before.
+    pub next_at: Millis,
+    /// Why the last try failed.
+    pub problem: Option<String>,
+}
+
+/// Other builds of the same commit in the same environment: they share one line on GitHub.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, FromRow)]
+pub struct Siblings {
+    /// Ended with a judgement: passed, failed, errored or canceled.
+    pub finished: i64,
+    /// Queued or running.
+    pub live: i64,
+    /// GitHub shows a final state of one.
+    pub shown: i64,
 }
 
 impl Store {
-    /// Builds that changed since GitHub was told, oldest first, less those that must wait.
-    pub async fn untold(&self, limit: i64) -> anyhow::Result<Vec<Untold>> {
+    /// Builds from number `from` on that GitHub was not told the end of, oldest first.
+    pub async fn untold(&self, from: i64, limit: i64) -> anyhow::Result<Vec<Untold>> {
         #[derive(FromRow)]
         struct Raw {
             id: i64,
             told: Option<String>,
             tries: i64,
+            next_at: i64,
+            problem: Option<String>,
         }
         let rows: Vec<Raw> = on!(&self.main, pool => sqlx::query_as(
-                "SELECT b.id, g.told, COALESCE(g.tries, 0) AS tries FROM builds b LEFT JOIN github_outbox g ON g.build_id = b.id \
-                 WHERE COALESCE(g.next_at, 0) <= $1 AND COALESCE(g.told, '') NOT IN ('success', 'failure', 'error', 'silent') \
-                 AND (b.status NOT IN ('queued', 'running') OR g.told IS NULL) ORDER BY b.id LIMIT $2")
-            .bind(now()).bind(limit).fetch_all(pool).await?);
+                "SELECT b.id, g.told, COALESCE(g.tries, 0) AS tries, COALESCE(g.next_at, 0) AS next_at, g.problem \
+                 FROM builds b LEFT JOIN github_outbox g ON g.build_id = b.id \
+                 WHERE b.id >= $1 AND COALESCE(g.told, '') NOT IN ('success', 'failure', 'error', 'silent') ORDER BY b.id LIMIT $2")
+            .bind(from).bind(limit).fetch_all(pool).await?);
         let mut untold = Vec::with_capacity(rows.len());
         for row in rows {
             if let Some(build) = self.build(row.id).await? {
@@ -36,6 +54,8 @@ impl Store {
                     build,
                     told: row.told,
                     tries: row.tries,
+                    next_at: row.next_at,
+                    problem: row.problem,
                 });
             }
         }
@@ -48,7 +68,12 @@ impl Store {
     }
 
     /// GitHub could not be told: tried again from `next_at` on.
-    pub async fn not_told(&self, build_id: i64, next_at: i64, problem: &str) -> anyhow::Result<()> {
+    pub async fn not_told(
+        &self,
+        build_id: i64,
+        next_at: Millis,
+        problem: &str,
+    ) -> anyhow::Result<()> {
         self.note_github(build_id, None, next_at, Some(problem))
             .await
     }
@@ -57,27 +82,26 @@ impl Store {
         &self,
         build_id: i64,
         told: Option<&str>,
-        next_at: i64,
+        next_at: Millis,
         problem: Option<&str>,
     ) -> anyhow::Result<()> {
         on!(&self.main, pool => sqlx::query(
-                "INSERT INTO github_outbox (build_id, told, told_at, tries, next_at, problem) VALUES ($1, $2, $3, 1, $4, $5) \
+                "INSERT INTO github_outbox (build_id, told, told_at, tries, next_at, problem) \
+                 VALUES ($1, $2, $3, CASE WHEN CAST($2 AS TEXT) IS NULL THEN 1 ELSE 0 END, $4, $5) \
                  ON CONFLICT (build_id) DO UPDATE SET told = COALESCE($2, github_outbox.told), told_at = $3, \
                  tries = CASE WHEN CAST($2 AS TEXT) IS NULL THEN github_outbox.tries + 1 ELSE 0 END, next_at = $4, problem = $5")
             .bind(build_id).bind(told).bind(now()).bind(next_at).bind(problem).execute(pool).await?.rows_affected());
         Ok(())
     }
 
-    /// Whether a commit has a finished build in this environment besides `except`: then silence is kept for skipped ones.
-    pub async fn has_finished_build(
-        &self,
-        environment: &str,
-        commit: &str,
-        except: i64,
-    ) -> anyhow::Result<bool> {
-        let count: i64 = on!(&self.main, pool => sqlx::query_scalar(
-                "SELECT COUNT(*) FROM builds WHERE environment = $1 AND commit_id = $2 AND id <> $3 AND status IN ('passed', 'failed', 'errored', 'canceled')")
-            .bind(environment).bind(commit).bind(except).fetch_one(pool).await?);
-        Ok(count > 0)
+    /// What else there is of this build's commit in its environment.
+    pub async fn siblings(&self, build: &Build) -> anyhow::Result<Siblings> {
+        Ok(on!(&self.main, pool => sqlx::query_as(
+                "SELECT COUNT(CASE WHEN b.status IN ('passed', 'failed', 'errored', 'canceled') THEN 1 END) AS finished, \
+                 COUNT(CASE WHEN b.status IN ('queued', 'running') THEN 1 END) AS live, \
+                 COUNT(CASE WHEN g.told IN ('success', 'failure', 'error') THEN 1 END) AS shown \
+                 FROM builds b LEFT JOIN github_outbox g ON g.build_id = b.id \
+                 WHERE b.environment = $1 AND b.commit_id = $2 AND b.id <> $3")
+            .bind(&build.environment).bind(&build.commit).bind(build.id).fetch_one(pool).await?))
     }
 }

@@ -21,7 +21,7 @@ use crate::config::Environment;
 use dialect::{Db, on};
 
 pub use builds::{Filter, NewBuild};
-pub use github::Untold;
+pub use github::{Siblings, Untold};
 pub use intake::{Accepted, Delivery};
 pub use logs::NumberedLine;
 

@@ -40,12 +40,25 @@ impl Landfall {
         let folder = tempfile::tempdir().unwrap();
         let namespace = Namespace::new(name);
         let bare = folder.path().join("hello.git");
-        git(folder.path(), &["init", "-q", "--bare", "-b", BRANCH, bare.to_str().unwrap()]);
+        git(
+            folder.path(),
+            &["init", "-q", "--bare", "-b", BRANCH, bare.to_str().unwrap()],
+        );
         git(&bare, &["config", "http.receivepack", "true"]);
-        let server = GitServer::start(folder.path(), ([127, 0, 0, 1], 0).into(), None).await.unwrap();
+        let server = GitServer::start(folder.path(), ([127, 0, 0, 1], 0).into(), None)
+            .await
+            .unwrap();
         let site = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/hello");
         let work = folder.path().join("work");
-        assert!(Command::new("cp").arg("-r").arg(&site).arg(&work).status().unwrap().success());
+        assert!(
+            Command::new("cp")
+                .arg("-r")
+                .arg(&site)
+                .arg(&work)
+                .status()
+                .unwrap()
+                .success()
+        );
         git(&work, &["init", "-q", "-b", BRANCH]);
         let mut landfall = Self {
             port: free_port(),
@@ -63,9 +76,17 @@ impl Landfall {
 
     fn configure(&self, more: &str) {
         let rights = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dev/agent-rights");
-        let output =
-            Command::new(rights).arg(kubeconfig()).arg(&self.namespace.0).arg(setting("LANDFALL_TEST_KUBECTL")).output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let output = Command::new(rights)
+            .arg(kubeconfig())
+            .arg(&self.namespace.0)
+            .arg(setting("LANDFALL_TEST_KUBECTL"))
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         fs::write(self.path("agent.kubeconfig"), output.stdout).unwrap();
         let config = format!(
             "listen: 127.0.0.1:{port}\ndata_dir: data\nenvironments:\n  - name: hello\n    repository: acme/hello\n    branch: {BRANCH}\n    \
@@ -96,7 +117,11 @@ impl Landfall {
 
     /// Starts the agent and waits until it is ready.
     pub async fn run(&mut self) {
-        let log = fs::File::options().create(true).append(true).open(self.path("agent.log")).unwrap();
+        let log = fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.path("agent.log"))
+            .unwrap();
         let child = self
             .command(&["serve", "--config", "agent.yaml"])
             .stdin(Stdio::null())
@@ -107,7 +132,13 @@ impl Landfall {
         self.agent = Some(child);
         let ready = self.url("/readyz");
         eventually("the agent is ready", Duration::from_secs(20), async || {
-            self.http.get(&ready).send().await.ok().filter(|answer| answer.status().is_success()).map(drop)
+            self.http
+                .get(&ready)
+                .send()
+                .await
+                .ok()
+                .filter(|answer| answer.status().is_success())
+                .map(drop)
         })
         .await;
     }
@@ -123,7 +154,13 @@ impl Landfall {
     pub fn terminate(&mut self) -> Duration {
         let mut agent = self.agent.take().expect("the agent runs");
         let begun = std::time::Instant::now();
-        assert!(Command::new("kill").arg(agent.id().to_string()).status().unwrap().success());
+        assert!(
+            Command::new("kill")
+                .arg(agent.id().to_string())
+                .status()
+                .unwrap()
+                .success()
+        );
         agent.wait().unwrap();
         begun.elapsed()
     }
@@ -137,14 +174,31 @@ impl Landfall {
             fs::write(path, text).unwrap();
         }
         git(&work, &["add", "-A"]);
-        git(&work, &["commit", "-q", "--allow-empty", "-m", "Change the site <b>& more"]);
-        git(&work, &["push", "-q", "--force", &self.git.url("hello.git"), BRANCH]);
+        git(
+            &work,
+            &[
+                "commit",
+                "-q",
+                "--allow-empty",
+                "-m",
+                "Change the site <b>& more",
+            ],
+        );
+        git(
+            &work,
+            &["push", "-q", "--force", &self.git.url("hello.git"), BRANCH],
+        );
         git(&work, &["rev-parse", "HEAD"])
     }
 
     /// The push delivery that GitHub would send for this commit on top of the last one.
     pub fn payload(&self, after: &str) -> Value {
-        push_payload("acme/hello", &format!("refs/heads/{BRANCH}"), &self.last, after)
+        push_payload(
+            "acme/hello",
+            &format!("refs/heads/{BRANCH}"),
+            &self.last,
+            after,
+        )
     }
 
     /// Commits, pushes, delivers; the number of the build.
@@ -160,11 +214,20 @@ impl Landfall {
     /// Signed and sent as GitHub does.
     pub async fn deliver(&self, payload: &Value) -> (u16, Value) {
         let body = payload.to_string();
-        self.post("push", &[("x-hub-signature-256", &sign(SECRET, body.as_bytes()))], body.into_bytes()).await
+        self.post(
+            "push",
+            &[("x-hub-signature-256", &sign(SECRET, body.as_bytes()))],
+            body.into_bytes(),
+        )
+        .await
     }
 
     pub async fn post(&self, event: &str, headers: &[(&str, &str)], body: Vec<u8>) -> (u16, Value) {
-        let mut request = self.http.post(self.url("/webhook")).header("x-github-event", event).header("x-github-delivery", "d-1");
+        let mut request = self
+            .http
+            .post(self.url("/webhook"))
+            .header("x-github-event", event)
+            .header("x-github-delivery", "d-1");
         if !headers.iter().any(|(name, _)| *name == "content-type") {
             request = request.header("content-type", "application/json");
         }
@@ -172,24 +235,48 @@ impl Landfall {
             request = request.header(*name, *value);
         }
         let answer = request.body(body).send().await.unwrap();
-        (answer.status().as_u16(), answer.json().await.unwrap_or(Value::Null))
+        (
+            answer.status().as_u16(),
+            answer.json().await.unwrap_or(Value::Null),
+        )
     }
 
     pub async fn get(&self, path: &str) -> Value {
         let answer = self.http.get(self.url(path)).send().await.unwrap();
-        assert!(answer.status().is_success(), "GET {path}: {}", answer.status());
+        assert!(
+            answer.status().is_success(),
+            "GET {path}: {}",
+            answer.status()
+        );
         answer.json().await.unwrap()
     }
 
     pub async fn text(&self, path: &str) -> String {
-        self.http.get(self.url(path)).send().await.unwrap().text().await.unwrap()
+        self.http
+            .get(self.url(path))
+            .send()
+            .await
+            .unwrap()
+            .text()
+            .await
+            .unwrap()
     }
 
     /// A write, with the admin token.
     pub async fn write(&self, path: &str, body: Value) -> (u16, Value) {
         let token = fs::read_to_string(self.path("data/admin-token")).unwrap();
-        let answer = self.http.post(self.url(path)).bearer_auth(token.trim()).json(&body).send().await.unwrap();
-        (answer.status().as_u16(), answer.json().await.unwrap_or(Value::Null))
+        let answer = self
+            .http
+            .post(self.url(path))
+            .bearer_auth(token.trim())
+            .json(&body)
+            .send()
+            .await
+            .unwrap();
+        (
+            answer.status().as_u16(),
+            answer.json().await.unwrap_or(Value::Null),
+        )
     }
 
     pub async fn build(&self, id: i64) -> Value {
@@ -198,11 +285,18 @@ impl Landfall {
 
     /// Waits until a build is in a stage; the build where it is already past it.
     pub async fn reach(&self, id: i64, stage: &str) -> Value {
-        eventually(&format!("build {id} reaches {stage}"), BUILD_LIMIT, async || {
-            let build = self.build(id).await;
-            let begun = build["stages"].as_array()?.iter().any(|row| row["stage"] == stage);
-            (begun || is_terminal(&build)).then_some(build)
-        })
+        eventually(
+            &format!("build {id} reaches {stage}"),
+            BUILD_LIMIT,
+            async || {
+                let build = self.build(id).await;
+                let begun = build["stages"]
+                    .as_array()?
+                    .iter()
+                    .any(|row| row["stage"] == stage);
+                (begun || is_terminal(&build)).then_some(build)
+            },
+        )
         .await
     }
 
@@ -214,7 +308,10 @@ impl Landfall {
         })
         .await;
         if build["status"] == "errored" {
-            println!("--- log of build {id}\n{}", self.text(&format!("/api/builds/{id}/log")).await);
+            println!(
+                "--- log of build {id}\n{}",
+                self.text(&format!("/api/builds/{id}/log")).await
+            );
         }
         build
     }
@@ -225,7 +322,10 @@ impl Landfall {
 
     /// What the site serves inside the cluster.
     pub fn served(&self, path: &str) -> String {
-        let service = format!("/api/v1/namespaces/{}/services/hello:80/proxy{path}", self.namespace.0);
+        let service = format!(
+            "/api/v1/namespaces/{}/services/hello:80/proxy{path}",
+            self.namespace.0
+        );
         crate::support::kubectl(&["get", "--raw", &service])
     }
 }
@@ -237,7 +337,10 @@ impl Drop for Landfall {
             let _ = agent.wait();
         }
         if std::thread::panicking() {
-            println!("--- the agent's log\n{}", fs::read_to_string(self.path("agent.log")).unwrap_or_default());
+            println!(
+                "--- the agent's log\n{}",
+                fs::read_to_string(self.path("agent.log")).unwrap_or_default()
+            );
         }
     }
 }
@@ -266,7 +369,11 @@ pub fn secret() -> &'static str {
 }
 
 pub fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    std::net::TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port()
 }
 
 fn git(folder: &Path, arguments: &[&str]) -> String {
@@ -276,6 +383,10 @@ fn git(folder: &Path, arguments: &[&str]) -> String {
         .current_dir(folder)
         .output()
         .unwrap();
-    assert!(output.status.success(), "git {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "git {arguments:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     String::from_utf8(output.stdout).unwrap().trim().to_owned()
 }

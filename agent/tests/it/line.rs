@@ -7,7 +7,12 @@ use crate::support::eventually;
 use std::time::Duration;
 
 fn titles(build: &Value) -> Vec<&str> {
-    build["stages"].as_array().unwrap().iter().map(|stage| stage["title"].as_str().unwrap()).collect()
+    build["stages"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|stage| stage["title"].as_str().unwrap())
+        .collect()
 }
 
 #[tokio::test]
@@ -16,26 +21,56 @@ async fn a_push_goes_live_through_six_stages() {
     let id = landfall.push(&[]).await;
     let build = landfall.end(id).await;
     let log = landfall.log(id).await;
-    assert_eq!((&build["status"], &build["outcome"]), (&json!("passed"), &json!("live")), "{build:#}\n{log}");
-    let six = ["Checkout Code", "Build Docker Image", "Test", "Deploy to Kubernetes", "Verify Deployment", "Smoke Test"];
+    assert_eq!(
+        (&build["status"], &build["outcome"]),
+        (&json!("passed"), &json!("live")),
+        "{build:#}\n{log}"
+    );
+    let six = [
+        "Checkout Code",
+        "Build Docker Image",
+        "Test",
+        "Deploy to Kubernetes",
+        "Verify Deployment",
+        "Smoke Test",
+    ];
     assert_eq!(titles(&build), six);
-    assert!(landfall.served("/version").contains(build["commit"].as_str().unwrap()));
+    assert!(
+        landfall
+            .served("/version")
+            .contains(build["commit"].as_str().unwrap())
+    );
     assert!(log.contains("test greeting ... ok"), "{log}");
     for shown in ["deployment/hello", "service/hello", "hello-"] {
         assert!(log.contains(shown), "the log does not show {shown}:\n{log}");
     }
 
     // GitHub delivers again: the same build, and nothing runs.
-    let payload = push_payload("acme/hello", "refs/heads/main", crate::landfall::ZERO, build["commit"].as_str().unwrap());
+    let payload = push_payload(
+        "acme/hello",
+        "refs/heads/main",
+        crate::landfall::ZERO,
+        build["commit"].as_str().unwrap(),
+    );
     let (status, answer) = landfall.deliver(&payload).await;
     assert_eq!(status, 202);
-    assert_eq!(answer["builds"][0], json!({ "build": id, "environment": "hello", "status": "passed", "duplicate": true }));
+    assert_eq!(
+        answer["builds"][0],
+        json!({ "build": id, "environment": "hello", "status": "passed", "duplicate": true })
+    );
 
     // The same commit again, by hand: passed, and unchanged.
-    let (status, answer) = landfall.write(&format!("/api/builds/{id}/rerun"), json!({})).await;
+    let (status, answer) = landfall
+        .write(&format!("/api/builds/{id}/rerun"), json!({}))
+        .await;
     assert_eq!(status, 202, "{answer}");
     let again = landfall.end(id + 1).await;
-    assert_eq!((&again["status"], &again["outcome"]), (&json!("passed"), &json!("unchanged")), "{again:#}\n{}", landfall.log(id + 1).await);
+    assert_eq!(
+        (&again["status"], &again["outcome"]),
+        (&json!("passed"), &json!("unchanged")),
+        "{again:#}\n{}",
+        landfall.log(id + 1).await
+    );
 }
 
 #[tokio::test]
@@ -43,17 +78,46 @@ async fn a_build_killed_in_any_stage_goes_on_and_ends_right() {
     let mut landfall = Landfall::start("kill").await;
     let slow_test = "sleep 2; grep -q Hello /www/index.html && echo ok";
     let slow_start = "sleep 2; exec httpd -f -p 5000 -h /www";
-    for (number, stage) in ["checkout", "image", "test", "deploy", "verify", "smoke_test"].into_iter().enumerate() {
+    for (number, stage) in [
+        "checkout",
+        "image",
+        "test",
+        "deploy",
+        "verify",
+        "smoke_test",
+    ]
+    .into_iter()
+    .enumerate()
+    {
         let greeting = format!("Hello {number}");
-        let id = landfall.push(&[("www/index.html", &greeting), ("test.sh", slow_test), ("start.sh", slow_start)]).await;
+        let id = landfall
+            .push(&[
+                ("www/index.html", &greeting),
+                ("test.sh", slow_test),
+                ("start.sh", slow_start),
+            ])
+            .await;
         let seen = landfall.reach(id, stage).await;
         landfall.kill();
         assert_eq!(seen["stage"], stage, "the kill came too late: {seen:#}");
         landfall.run().await;
         let build = landfall.end(id).await;
-        assert_eq!(build["status"], "passed", "killed in {stage}: {build:#}\n{}", landfall.log(id).await);
-        assert_eq!(landfall.served("/index.html").trim(), greeting, "killed in {stage}");
-        assert!(landfall.served("/version").contains(build["commit"].as_str().unwrap()));
+        assert_eq!(
+            build["status"],
+            "passed",
+            "killed in {stage}: {build:#}\n{}",
+            landfall.log(id).await
+        );
+        assert_eq!(
+            landfall.served("/index.html").trim(),
+            greeting,
+            "killed in {stage}"
+        );
+        assert!(
+            landfall
+                .served("/version")
+                .contains(build["commit"].as_str().unwrap())
+        );
     }
 }
 
@@ -64,9 +128,17 @@ async fn a_newer_push_takes_the_place_of_one_that_has_not_begun_to_deploy() {
     landfall.reach(first, "test").await;
     let second = landfall.push(&[("test.sh", "echo ok")]).await;
     let (first, second) = (landfall.end(first).await, landfall.end(second).await);
-    assert_eq!((&first["status"], &first["outcome"]), (&json!("superseded"), &json!("unchanged")), "{first:#}");
+    assert_eq!(
+        (&first["status"], &first["outcome"]),
+        (&json!("superseded"), &json!("unchanged")),
+        "{first:#}"
+    );
     assert_eq!(second["status"], "passed", "{second:#}");
-    assert!(landfall.served("/version").contains(second["commit"].as_str().unwrap()));
+    assert!(
+        landfall
+            .served("/version")
+            .contains(second["commit"].as_str().unwrap())
+    );
 }
 
 #[tokio::test]
@@ -74,12 +146,18 @@ async fn a_build_can_be_canceled_and_rerun() {
     let mut landfall = Landfall::start("cancel").await;
     let id = landfall.push(&[("test.sh", "sleep 60")]).await;
     landfall.reach(id, "test").await;
-    let (status, _) = landfall.write(&format!("/api/builds/{id}/cancel"), json!({})).await;
+    let (status, _) = landfall
+        .write(&format!("/api/builds/{id}/cancel"), json!({}))
+        .await;
     assert_eq!(status, 202);
     let begun = std::time::Instant::now();
     let build = landfall.end(id).await;
     assert_eq!(build["status"], "canceled", "{build:#}");
-    assert!(begun.elapsed() < Duration::from_secs(10), "canceling took {:?}", begun.elapsed());
+    assert!(
+        begun.elapsed() < Duration::from_secs(10),
+        "canceling took {:?}",
+        begun.elapsed()
+    );
 }
 
 #[tokio::test]
@@ -88,26 +166,89 @@ async fn each_fault_of_the_author_is_named_and_changes_nothing() {
     let good = landfall.push(&[]).await;
     assert_eq!(landfall.end(good).await["status"], "passed");
     let serving = landfall.served("/version");
-    let site = |name: &str| std::fs::read_to_string(format!("{}/tests/fixtures/hello/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap();
-    let cluster_role = "apiVersion: rbac.authorization.k8s.io/v1\nkind: ClusterRole\nmetadata:\n  name: mine\n";
-    let elsewhere = "apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: mine\n  namespace: kube-system\n";
+    let site = |name: &str| {
+        std::fs::read_to_string(format!(
+            "{}/tests/fixtures/hello/{name}",
+            env!("CARGO_MANIFEST_DIR")
+        ))
+        .unwrap()
+    };
+    let cluster_role =
+        "apiVersion: rbac.authorization.k8s.io/v1\nkind: ClusterRole\nmetadata:\n  name: mine\n";
+    let elsewhere =
+        "apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: mine\n  namespace: kube-system\n";
     let cases: [(&str, &str, String, &str, &str); 6] = [
-        ("a red test", "test.sh", "echo 'test sums ... FAILED'; exit 3".to_owned(), "tests_failed", "unit tests"),
-        ("a failing Dockerfile", "Dockerfile", format!("{}\nRUN false\n", site("Dockerfile")), "image_build_failed", "RUN false"),
-        ("a typo in pipeline.yaml", "pipeline.yaml", site("pipeline.yaml").replace("smoke_test", "smoketest"), "pipeline_invalid", "smoketest"),
-        ("a kind that is not allowed", "kubernetes/mine.yaml", cluster_role.to_owned(), "policy_denied", "ClusterRole"),
-        ("another namespace", "kubernetes/mine.yaml", elsewhere.to_owned(), "", "kube-system"),
-        ("broken YAML", "kubernetes/mine.yaml", "kind: [".to_owned(), "", "mine.yaml"),
+        (
+            "a red test",
+            "test.sh",
+            "echo 'test sums ... FAILED'; exit 3".to_owned(),
+            "tests_failed",
+            "unit tests",
+        ),
+        (
+            "a failing Dockerfile",
+            "Dockerfile",
+            format!("{}\nRUN false\n", site("Dockerfile")),
+            "image_build_failed",
+            "RUN false",
+        ),
+        (
+            "a typo in pipeline.yaml",
+            "pipeline.yaml",
+            site("pipeline.yaml").replace("smoke_test", "smoketest"),
+            "pipeline_invalid",
+            "smoketest",
+        ),
+        (
+            "a kind that is not allowed",
+            "kubernetes/mine.yaml",
+            cluster_role.to_owned(),
+            "policy_denied",
+            "ClusterRole",
+        ),
+        (
+            "another namespace",
+            "kubernetes/mine.yaml",
+            elsewhere.to_owned(),
+            "",
+            "kube-system",
+        ),
+        (
+            "broken YAML",
+            "kubernetes/mine.yaml",
+            "kind: [".to_owned(),
+            "",
+            "mine.yaml",
+        ),
     ];
     for (name, path, text, cause, named) in cases {
-        let before = if path == "kubernetes/mine.yaml" { String::new() } else { site(path) };
+        let before = if path == "kubernetes/mine.yaml" {
+            String::new()
+        } else {
+            site(path)
+        };
         let id = landfall.push(&[(path, &text)]).await;
         let build = landfall.end(id).await;
         let log = landfall.log(id).await;
-        assert_eq!((&build["status"], &build["outcome"]), (&json!("failed"), &json!("unchanged")), "{name}: {build:#}\n{log}");
-        assert!(cause.is_empty() || build["cause"]["id"] == cause, "{name}: {:#}", build["cause"]);
-        assert!(log.contains(named), "{name}: the log does not name {named:?}\n{log}");
-        assert_eq!(landfall.served("/version"), serving, "{name}: the cluster was changed");
+        assert_eq!(
+            (&build["status"], &build["outcome"]),
+            (&json!("failed"), &json!("unchanged")),
+            "{name}: {build:#}\n{log}"
+        );
+        assert!(
+            cause.is_empty() || build["cause"]["id"] == cause,
+            "{name}: {:#}",
+            build["cause"]
+        );
+        assert!(
+            log.contains(named),
+            "{name}: the log does not name {named:?}\n{log}"
+        );
+        assert_eq!(
+            landfall.served("/version"),
+            serving,
+            "{name}: the cluster was changed"
+        );
         if before.is_empty() {
             std::fs::remove_file(landfall.path("work").join(path)).unwrap();
         } else {
@@ -121,49 +262,107 @@ async fn a_release_that_dies_at_start_fails_with_its_own_last_words_and_the_way_
     let mut landfall = Landfall::start("dies").await;
     let good = landfall.push(&[]).await;
     assert_eq!(landfall.end(good).await["status"], "passed");
-    let id = landfall.push(&[("start.sh", "echo 'fatal: DATABASE_URL is not set' >&2; exit 1")]).await;
+    let id = landfall
+        .push(&[(
+            "start.sh",
+            "echo 'fatal: DATABASE_URL is not set' >&2; exit 1",
+        )])
+        .await;
     let build = landfall.end(id).await;
     let log = landfall.log(id).await;
-    assert_eq!((&build["status"], &build["outcome"]), (&json!("failed"), &json!("left_failed")), "{build:#}\n{log}");
-    assert!(build["cause"]["sentence"].as_str().unwrap().contains("DATABASE_URL is not set"), "{:#}", build["cause"]);
-    assert!(build["cause"]["hint"].as_str().unwrap().contains("kubectl") && log.contains("rollout undo"), "{:#}\n{log}", build["cause"]);
+    assert_eq!(
+        (&build["status"], &build["outcome"]),
+        (&json!("failed"), &json!("left_failed")),
+        "{build:#}\n{log}"
+    );
+    assert!(
+        build["cause"]["sentence"]
+            .as_str()
+            .unwrap()
+            .contains("DATABASE_URL is not set"),
+        "{:#}",
+        build["cause"]
+    );
+    assert!(
+        build["cause"]["hint"].as_str().unwrap().contains("kubectl")
+            && log.contains("rollout undo"),
+        "{:#}\n{log}",
+        build["cause"]
+    );
 }
 
 #[tokio::test]
 async fn a_wrong_answer_to_the_smoke_test_fails_the_build() {
     let mut landfall = Landfall::start("smoke").await;
     let pipeline = std::fs::read_to_string(landfall.path("work/pipeline.yaml")).unwrap();
-    let id = landfall.push(&[("pipeline.yaml", &pipeline.replace("status: 200", "status: 204"))]).await;
+    let id = landfall
+        .push(&[(
+            "pipeline.yaml",
+            &pipeline.replace("status: 200", "status: 204"),
+        )])
+        .await;
     let build = landfall.end(id).await;
-    assert_eq!((&build["status"], &build["outcome"]), (&json!("failed"), &json!("left_failed")), "{build:#}");
-    assert!(build["cause"]["id"].as_str().unwrap().starts_with("smoke_"), "{:#}", build["cause"]);
+    assert_eq!(
+        (&build["status"], &build["outcome"]),
+        (&json!("failed"), &json!("left_failed")),
+        "{build:#}"
+    );
+    assert!(
+        build["cause"]["id"].as_str().unwrap().starts_with("smoke_"),
+        "{:#}",
+        build["cause"]
+    );
 }
 
 #[tokio::test]
 async fn the_live_log_is_read_while_the_build_runs() {
     let mut landfall = Landfall::start("sse").await;
-    let id = landfall.push(&[("test.sh", "for i in 1 2 3 4 5; do printf 'tick %s\\r' $i; sleep 0.5; done; echo; echo done")]).await;
+    let id = landfall
+        .push(&[(
+            "test.sh",
+            "for i in 1 2 3 4 5; do printf 'tick %s\\r' $i; sleep 0.5; done; echo; echo done",
+        )])
+        .await;
     landfall.reach(id, "test").await;
     // curl is a real client: it ends when the server says that the build has ended.
     let output = tokio::process::Command::new("curl")
-        .args(["-sN", "--max-time", "120", &landfall.url(&format!("/api/builds/{id}/log/live"))])
+        .args([
+            "-sN",
+            "--max-time",
+            "120",
+            &landfall.url(&format!("/api/builds/{id}/log/live")),
+        ])
         .output()
         .await
         .unwrap();
     assert!(output.status.success());
     let events = String::from_utf8(output.stdout).unwrap();
-    assert!(!events.contains('\r'), "a carriage return would end a line of the stream");
+    assert!(
+        !events.contains('\r'),
+        "a carriage return would end a line of the stream"
+    );
     let mut numbers = Vec::new();
     for event in events.split("\n\n") {
-        let Some(number) = event.lines().find_map(|line| line.strip_prefix("id:")) else { continue };
-        let data = event.lines().find_map(|line| line.strip_prefix("data:")).unwrap();
+        let Some(number) = event.lines().find_map(|line| line.strip_prefix("id:")) else {
+            continue;
+        };
+        let data = event
+            .lines()
+            .find_map(|line| line.strip_prefix("data:"))
+            .unwrap();
         let data: Value = serde_json::from_str(data).unwrap();
-        assert!(data["text"].is_string() && data["stage"].is_string(), "{data}");
+        assert!(
+            data["text"].is_string() && data["stage"].is_string(),
+            "{data}"
+        );
         numbers.push(number.trim().parse::<i64>().unwrap());
     }
     let expected: Vec<i64> = (1..=numbers.len() as i64).collect();
     assert_eq!(numbers, expected, "gaps or doubles");
-    assert!(events.contains("tick 5") && events.contains("passed"), "{events}");
+    assert!(
+        events.contains("tick 5") && events.contains("passed"),
+        "{events}"
+    );
     let build = landfall.build(id).await;
     assert!(is_terminal(&build));
 }
@@ -171,7 +370,13 @@ async fn the_live_log_is_read_while_the_build_runs() {
 #[tokio::test]
 async fn a_signature_that_is_not_right_is_401_and_leaves_nothing() {
     let landfall = Landfall::start("signature").await;
-    let body = push_payload("acme/hello", "refs/heads/main", &"a".repeat(40), &"b".repeat(40)).to_string();
+    let body = push_payload(
+        "acme/hello",
+        "refs/heads/main",
+        &"a".repeat(40),
+        &"b".repeat(40),
+    )
+    .to_string();
     let good = sign(secret(), body.as_bytes());
     let other = sign("another secret of more than 32 bytes here", body.as_bytes());
     let upper = good.to_uppercase().replace("SHA256=", "sha256=");
@@ -179,20 +384,56 @@ async fn a_signature_that_is_not_right_is_401_and_leaves_nothing() {
         ("none", vec![]),
         ("empty", vec![("x-hub-signature-256", "")]),
         ("no digits", vec![("x-hub-signature-256", "sha256=")]),
-        ("too short", vec![("x-hub-signature-256", &good[..good.len() - 1])]),
+        (
+            "too short",
+            vec![("x-hub-signature-256", &good[..good.len() - 1])],
+        ),
         ("of another secret", vec![("x-hub-signature-256", &other)]),
         ("upper case", vec![("x-hub-signature-256", &upper)]),
-        ("without its name", vec![("x-hub-signature-256", &good["sha256=".len()..])]),
-        ("twice, good and bad", vec![("x-hub-signature-256", &good), ("x-hub-signature-256", &other)]),
-        ("twice, bad and good", vec![("x-hub-signature-256", &other), ("x-hub-signature-256", &good)]),
-        ("sha1 only", vec![("x-hub-signature", "sha1=0123456789012345678901234567890123456789")]),
+        (
+            "without its name",
+            vec![("x-hub-signature-256", &good["sha256=".len()..])],
+        ),
+        (
+            "twice, good and bad",
+            vec![
+                ("x-hub-signature-256", &good),
+                ("x-hub-signature-256", &other),
+            ],
+        ),
+        (
+            "twice, bad and good",
+            vec![
+                ("x-hub-signature-256", &other),
+                ("x-hub-signature-256", &good),
+            ],
+        ),
+        (
+            "sha1 only",
+            vec![(
+                "x-hub-signature",
+                "sha1=0123456789012345678901234567890123456789",
+            )],
+        ),
     ];
     for (name, headers) in table {
-        let (status, answer) = landfall.post("push", &headers, body.clone().into_bytes()).await;
-        assert_eq!((status, answer["error"].as_str()), (401, Some("the signature is missing or wrong")), "{name}");
+        let (status, answer) = landfall
+            .post("push", &headers, body.clone().into_bytes())
+            .await;
+        assert_eq!(
+            (status, answer["error"].as_str()),
+            (401, Some("the signature is missing or wrong")),
+            "{name}"
+        );
     }
     let deep = "[".repeat(1 << 20);
-    assert_eq!(landfall.post("push", &[("x-hub-signature-256", &good)], deep.into_bytes()).await.0, 401);
+    assert_eq!(
+        landfall
+            .post("push", &[("x-hub-signature-256", &good)], deep.into_bytes())
+            .await
+            .0,
+        401
+    );
     assert_eq!(landfall.get("/api/builds").await["builds"], json!([]));
 }
 
@@ -205,26 +446,68 @@ async fn a_delivery_that_is_no_push_for_us_is_said_to_be_ignored() {
     let table = [
         ("ping", json!({ "zen": "Keep it logically awesome." })),
         ("issues", json!({ "action": "opened" })),
-        ("push", push_payload("acme/hello", "refs/heads/other", &a, &b)),
+        (
+            "push",
+            push_payload("acme/hello", "refs/heads/other", &a, &b),
+        ),
         ("push", push_payload("acme/hello", "refs/tags/v1", &a, &b)),
-        ("push", push_payload("acme/unknown", "refs/heads/main", &a, &b)),
+        (
+            "push",
+            push_payload("acme/unknown", "refs/heads/main", &a, &b),
+        ),
         ("push", deleted),
     ];
     for (event, payload) in table {
         let body = payload.to_string();
-        let (status, answer) = landfall.post(event, &[("x-hub-signature-256", &sign(secret(), body.as_bytes()))], body.into_bytes()).await;
-        assert!(status == 200 && answer["ignored"].is_string(), "{event} {payload}: {status} {answer}");
+        let (status, answer) = landfall
+            .post(
+                event,
+                &[("x-hub-signature-256", &sign(secret(), body.as_bytes()))],
+                body.into_bytes(),
+            )
+            .await;
+        assert!(
+            status == 200 && answer["ignored"].is_string(),
+            "{event} {payload}: {status} {answer}"
+        );
     }
-    for bad in ["", "not json", "[0]", "{}", "{\"ref\": 5}", "{\"ref\":\"refs/heads/main\",\"before\":\"x\",\"after\":\"y\",\"repository\":{\"full_name\":\"acme/hello\"}}", &"[".repeat(100_000)] {
-        let (status, _) = landfall.post("push", &[("x-hub-signature-256", &sign(secret(), bad.as_bytes()))], bad.as_bytes().to_vec()).await;
+    for bad in [
+        "",
+        "not json",
+        "[0]",
+        "{}",
+        "{\"ref\": 5}",
+        "{\"ref\":\"refs/heads/main\",\"before\":\"x\",\"after\":\"y\",\"repository\":{\"full_name\":\"acme/hello\"}}",
+        &"[".repeat(100_000),
+    ] {
+        let (status, _) = landfall
+            .post(
+                "push",
+                &[("x-hub-signature-256", &sign(secret(), bad.as_bytes()))],
+                bad.as_bytes().to_vec(),
+            )
+            .await;
         assert_eq!(status, 400, "{bad:.60}");
     }
     let large = vec![b' '; 26 << 20];
-    let status = landfall.post("push", &[("x-hub-signature-256", &sign(secret(), &large))], large).await.0;
+    let status = landfall
+        .post(
+            "push",
+            &[("x-hub-signature-256", &sign(secret(), &large))],
+            large,
+        )
+        .await
+        .0;
     assert_eq!(status, 413);
     let body = b"{}".to_vec();
-    let headers = [("x-hub-signature-256", sign(secret(), &body)), ("content-encoding", "gzip".to_owned())];
-    let headers: Vec<_> = headers.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    let headers = [
+        ("x-hub-signature-256", sign(secret(), &body)),
+        ("content-encoding", "gzip".to_owned()),
+    ];
+    let headers: Vec<_> = headers
+        .iter()
+        .map(|(name, value)| (*name, value.as_str()))
+        .collect();
     assert_eq!(landfall.post("push", &headers, body).await.0, 415);
     assert_eq!(landfall.get("/api/builds").await["builds"], json!([]));
 }
@@ -234,44 +517,100 @@ async fn a_form_delivery_is_read_as_a_json_one() {
     let mut landfall = Landfall::start("form").await;
     let after = landfall.commit(&[("test.sh", "exit 1")]);
     let payload = landfall.payload(&after).to_string();
-    let body: String = url::form_urlencoded::Serializer::new(String::new()).append_pair("payload", &payload).finish();
-    let headers = [("content-type", "application/x-www-form-urlencoded".to_owned()), ("x-hub-signature-256", sign(secret(), body.as_bytes()))];
-    let headers: Vec<_> = headers.iter().map(|(name, value)| (*name, value.as_str())).collect();
-    let (status, answer) = landfall.post("push", &headers, body.clone().into_bytes()).await;
-    assert_eq!((status, answer["builds"][0]["duplicate"].as_bool()), (202, Some(false)), "{answer}");
+    let body: String = url::form_urlencoded::Serializer::new(String::new())
+        .append_pair("payload", &payload)
+        .finish();
+    let headers = [
+        (
+            "content-type",
+            "application/x-www-form-urlencoded".to_owned(),
+        ),
+        ("x-hub-signature-256", sign(secret(), body.as_bytes())),
+    ];
+    let headers: Vec<_> = headers
+        .iter()
+        .map(|(name, value)| (*name, value.as_str()))
+        .collect();
+    let (status, answer) = landfall
+        .post("push", &headers, body.clone().into_bytes())
+        .await;
+    assert_eq!(
+        (status, answer["builds"][0]["duplicate"].as_bool()),
+        (202, Some(false)),
+        "{answer}"
+    );
     let twice = format!("{body}&{body}");
     let signature = sign(secret(), twice.as_bytes());
-    let headers = [("content-type", "application/x-www-form-urlencoded"), ("x-hub-signature-256", signature.as_str())];
-    assert_eq!(landfall.post("push", &headers, twice.into_bytes()).await.0, 400);
+    let headers = [
+        ("content-type", "application/x-www-form-urlencoded"),
+        ("x-hub-signature-256", signature.as_str()),
+    ];
+    assert_eq!(
+        landfall.post("push", &headers, twice.into_bytes()).await.0,
+        400
+    );
 }
 
 #[tokio::test]
 async fn writes_need_the_token_and_pages_their_own_host() {
     let landfall = Landfall::start("guard").await;
     let http = reqwest::Client::builder().no_proxy().build().unwrap();
-    let status = async |request: reqwest::RequestBuilder| request.send().await.unwrap().status().as_u16();
+    let status =
+        async |request: reqwest::RequestBuilder| request.send().await.unwrap().status().as_u16();
     for path in ["/api/builds", "/api/builds/1/cancel", "/api/builds/1/rerun"] {
         assert_eq!(status(http.post(landfall.url(path))).await, 401, "{path}");
-        assert_eq!(status(http.post(landfall.url(path)).bearer_auth("wrong")).await, 401, "{path}");
+        assert_eq!(
+            status(http.post(landfall.url(path)).bearer_auth("wrong")).await,
+            401,
+            "{path}"
+        );
     }
     for path in ["/", "/api/builds"] {
-        assert_eq!(status(http.get(landfall.url(path)).header("host", "evil.example")).await, 421, "{path}");
-        assert_eq!(status(http.get(landfall.url(path)).header("origin", "http://evil.example")).await, 403, "{path}");
+        assert_eq!(
+            status(http.get(landfall.url(path)).header("host", "evil.example")).await,
+            421,
+            "{path}"
+        );
+        assert_eq!(
+            status(
+                http.get(landfall.url(path))
+                    .header("origin", "http://evil.example")
+            )
+            .await,
+            403,
+            "{path}"
+        );
         assert_eq!(status(http.get(landfall.url(path))).await, 200, "{path}");
     }
-    assert_eq!(status(http.get(landfall.url("/healthz")).header("host", "probe")).await, 200);
+    assert_eq!(
+        status(http.get(landfall.url("/healthz")).header("host", "probe")).await,
+        200
+    );
 }
 
 #[tokio::test]
 async fn a_second_agent_on_the_same_folder_or_port_is_refused_with_what_to_do() {
     let landfall = Landfall::start("second").await;
-    let output = landfall.command(&["serve", "--config", "agent.yaml"]).output().unwrap();
+    let output = landfall
+        .command(&["serve", "--config", "agent.yaml"])
+        .output()
+        .unwrap();
     assert_eq!(output.status.code(), Some(2));
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(said.contains("another agent") && said.contains("data_dir"), "{said}");
-    let output = landfall.command(&["serve", "--config", "agent.yaml"]).env("LANDFALL_DATA_DIR", landfall.path("other")).output().unwrap();
+    assert!(
+        said.contains("another agent") && said.contains("data_dir"),
+        "{said}"
+    );
+    let output = landfall
+        .command(&["serve", "--config", "agent.yaml"])
+        .env("LANDFALL_DATA_DIR", landfall.path("other"))
+        .output()
+        .unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.code() == Some(2) && said.contains("LANDFALL_LISTEN"), "{said}");
+    assert!(
+        output.status.code() == Some(2) && said.contains("LANDFALL_LISTEN"),
+        "{said}"
+    );
 }
 
 #[tokio::test]
@@ -283,20 +622,44 @@ async fn a_stopped_agent_leaves_its_build_to_the_next_start() {
     assert!(took < Duration::from_secs(30), "{took:?}");
     landfall.run().await;
     let build = landfall.end(id).await;
-    assert_eq!((&build["status"], build["attempt"].as_i64()), (&json!("passed"), Some(2)), "{build:#}");
+    assert_eq!(
+        (&build["status"], build["attempt"].as_i64()),
+        (&json!("passed"), Some(2)),
+        "{build:#}"
+    );
 }
 
 #[tokio::test]
 async fn a_manual_build_takes_the_head_of_the_branch() {
     let mut landfall = Landfall::start("manual").await;
     let head = landfall.commit(&[]);
-    let (status, answer) = landfall.write("/api/builds", json!({ "environment": "hello", "branch": BRANCH })).await;
+    let (status, answer) = landfall
+        .write(
+            "/api/builds",
+            json!({ "environment": "hello", "branch": BRANCH }),
+        )
+        .await;
     assert_eq!(status, 202, "{answer}");
     let builds = landfall.get("/api/builds").await;
-    let build = landfall.end(builds["builds"][0]["id"].as_i64().unwrap()).await;
-    assert_eq!((build["status"].as_str(), build["commit"].as_str()), (Some("passed"), Some(head.as_str())), "{build:#}");
-    eventually("the environment shows what is live", Duration::from_secs(5), async || {
-        landfall.get("/api/environments").await.to_string().contains(&head).then_some(())
-    })
+    let build = landfall
+        .end(builds["builds"][0]["id"].as_i64().unwrap())
+        .await;
+    assert_eq!(
+        (build["status"].as_str(), build["commit"].as_str()),
+        (Some("passed"), Some(head.as_str())),
+        "{build:#}"
+    );
+    eventually(
+        "the environment shows what is live",
+        Duration::from_secs(5),
+        async || {
+            landfall
+                .get("/api/environments")
+                .await
+                .to_string()
+                .contains(&head)
+                .then_some(())
+        },
+    )
     .await;
 }

@@ -2,11 +2,14 @@
 
 mod checkout;
 mod checkout_ssh;
+mod cli;
 mod context;
-mod docker_world;
 mod deploy;
+mod docker_world;
+mod fake_github;
 mod git_server;
 mod git_world;
+mod github;
 mod image;
 mod landfall;
 mod line;

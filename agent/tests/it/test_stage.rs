@@ -20,7 +20,10 @@ fn built() -> Built {
 /// A pipeline with one test that runs in busybox.
 fn pipeline(name: &str, run: &str, more: &str) -> String {
     let run = serde_json::Value::from(run);
-    format!("image: {{ name: sample }}\ntest:\n  - {{ name: {name}, image: '{}', run: {run}{more} }}", base())
+    format!(
+        "image: {{ name: sample }}\ntest:\n  - {{ name: {name}, image: '{}', run: {run}{more} }}",
+        base()
+    )
 }
 
 async fn run(world: &World, pipeline: &str) -> StageResult<Tested> {
@@ -32,7 +35,10 @@ async fn run(world: &World, pipeline: &str) -> StageResult<Tested> {
 
 fn containers(world: &World) -> String {
     let label = format!("label=landfall.dev/build={}", world.build.id);
-    let output = Command::new("docker").args(["ps", "-aq", "--filter", &label]).output().unwrap();
+    let output = Command::new("docker")
+        .args(["ps", "-aq", "--filter", &label])
+        .output()
+        .unwrap();
     String::from_utf8(output.stdout).unwrap()
 }
 
@@ -45,44 +51,80 @@ async fn output_comes_byte_for_byte_and_a_passed_test_is_counted() {
     assert_eq!(tested.passed[0].0, "odd");
     let bytes = world.bytes().await;
     let wanted = b"10%\r100%\n\xff\xfe\0endno newline";
-    assert!(bytes.windows(wanted.len()).any(|window| window == wanted), "{}", String::from_utf8_lossy(&bytes));
+    assert!(
+        bytes.windows(wanted.len()).any(|window| window == wanted),
+        "{}",
+        String::from_utf8_lossy(&bytes)
+    );
 }
 
 #[tokio::test]
 async fn a_red_test_names_itself_and_the_tests_that_failed() {
     let world = World::new("", "");
-    let script = "echo 'test a::fine ... ok'; echo 'test store::a_push_is_kept ... FAILED'; exit 101";
+    let script =
+        "echo 'test a::fine ... ok'; echo 'test store::a_push_is_kept ... FAILED'; exit 101";
     let cause = failed(run(&world, &pipeline("unit tests", script, "")).await);
     assert_eq!(cause.id, "tests_failed");
-    assert!(cause.sentence.contains("\"unit tests\"") && cause.sentence.contains("101") && cause.sentence.contains("store::a_push_is_kept"), "{cause:?}");
+    assert!(
+        cause.sentence.contains("\"unit tests\"")
+            && cause.sentence.contains("101")
+            && cause.sentence.contains("store::a_push_is_kept"),
+        "{cause:?}"
+    );
     assert!(!cause.sentence.contains("a::fine"));
 }
 
 #[tokio::test]
 async fn a_test_has_no_network_no_rights_and_only_its_limits() {
-    let world = World::new("", "    limits: { test_memory_bytes: 67108864, test_processes: 32, test_cpus: 64 }\n");
+    let world = World::new(
+        "",
+        "    limits: { test_memory_bytes: 67108864, test_processes: 32, test_cpus: 64 }\n",
+    );
     // It asks for a network, which the operator did not allow.
     let script = "ls /sys/class/net; grep -E 'Cap(Eff|Prm|Bnd)|NoNewPrivs' /proc/self/status; echo x > /root-is-writable && cat /root-is-writable; mount | grep -c docker.sock";
     let result = run(&world, &pipeline("walls", script, ", network: true")).await;
-    assert!(failed(result).sentence.contains("exit code 1"), "docker.sock is mounted");
+    assert!(
+        failed(result).sentence.contains("exit code 1"),
+        "docker.sock is mounted"
+    );
     let log = world.log().await;
     assert!(log.contains("\nlo\n") && !log.contains("eth0"), "{log}");
-    for line in ["CapEff:\t0000000000000000", "CapBnd:\t0000000000000000", "NoNewPrivs:\t1", "\nx\n", "does not allow"] {
+    for line in [
+        "CapEff:\t0000000000000000",
+        "CapBnd:\t0000000000000000",
+        "NoNewPrivs:\t1",
+        "\nx\n",
+        "does not allow",
+    ] {
         assert!(log.contains(line), "{line:?} is missing: {log}");
     }
     let world = World::new("", "    limits: { test_network: true }\n");
-    run(&world, &pipeline("net", "ls /sys/class/net", ", network: true")).await.unwrap();
+    run(
+        &world,
+        &pipeline("net", "ls /sys/class/net", ", network: true"),
+    )
+    .await
+    .unwrap();
     assert!(world.log().await.contains("eth0"));
 }
 
 #[tokio::test]
 async fn a_container_is_made_with_exactly_what_it_may_have() {
-    let world = World::new("", "    limits: { test_memory_bytes: 67108864, test_processes: 32 }\n");
+    let world = World::new(
+        "",
+        "    limits: { test_memory_bytes: 67108864, test_processes: 32 }\n",
+    );
     let checked_out = world.checked_out(&pipeline("held", "sleep 600", ""), &[]);
     let scope = world.scope();
     let looker = async {
-        let id = support::eventually("the container runs", Duration::from_secs(30), async || Some(containers(&world)).filter(|ids| !ids.is_empty())).await;
-        let output = Command::new("docker").args(["inspect", id.trim()]).output().unwrap();
+        let id = support::eventually("the container runs", Duration::from_secs(30), async || {
+            Some(containers(&world)).filter(|ids| !ids.is_empty())
+        })
+        .await;
+        let output = Command::new("docker")
+            .args(["inspect", id.trim()])
+            .output()
+            .unwrap();
         world.cancel.cancel();
         serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()[0].clone()
     };
@@ -90,12 +132,35 @@ async fn a_container_is_made_with_exactly_what_it_may_have() {
     let (result, container) = tokio::join!(test::run(&scope, &checked_out, &made_of), looker);
     assert!(matches!(result, Err(StageError::Canceled)), "{result:?}");
     let host = &container["HostConfig"];
-    assert_eq!(container["Name"], format!("/landfall-{}-1-1", world.build.id));
-    assert_eq!((host["Memory"].as_i64(), host["MemorySwap"].as_i64(), host["PidsLimit"].as_i64()), (Some(67_108_864), Some(67_108_864), Some(32)));
+    assert_eq!(
+        container["Name"],
+        format!("/landfall-{}-1-1", world.build.id)
+    );
+    assert_eq!(
+        (
+            host["Memory"].as_i64(),
+            host["MemorySwap"].as_i64(),
+            host["PidsLimit"].as_i64()
+        ),
+        (Some(67_108_864), Some(67_108_864), Some(32))
+    );
     assert_eq!(host["CapDrop"], serde_json::json!(["ALL"]));
-    assert_eq!(host["SecurityOpt"], serde_json::json!(["no-new-privileges"]));
-    assert_eq!((host["NetworkMode"].as_str(), host["Privileged"].as_bool()), (Some("none"), Some(false)));
-    for (key, empty) in [("Binds", "null"), ("CapAdd", "null"), ("Devices", "null"), ("PidMode", "\"\""), ("UTSMode", "\"\""), ("VolumesFrom", "null")] {
+    assert_eq!(
+        host["SecurityOpt"],
+        serde_json::json!(["no-new-privileges"])
+    );
+    assert_eq!(
+        (host["NetworkMode"].as_str(), host["Privileged"].as_bool()),
+        (Some("none"), Some(false))
+    );
+    for (key, empty) in [
+        ("Binds", "null"),
+        ("CapAdd", "null"),
+        ("Devices", "null"),
+        ("PidMode", "\"\""),
+        ("UTSMode", "\"\""),
+        ("VolumesFrom", "null"),
+    ] {
         let value = host[key].to_string();
         assert!(value == empty || value == "[]", "{key} is {value}");
     }
@@ -107,8 +172,14 @@ async fn a_test_that_takes_too_long_is_killed() {
     let world = World::new("", "    limits: { test_timeout_seconds: 1 }\n");
     let program = format!("sleep 7533.{}", unique());
     let begun = Instant::now();
-    let Err(StageError::TimedOut(cause)) = run(&world, &pipeline("slow", &program, "")).await else { panic!("no time-out") };
-    assert!(cause.sentence.contains("slow") && cause.sentence.contains("1 s"), "{cause:?}");
+    let Err(StageError::TimedOut(cause)) = run(&world, &pipeline("slow", &program, "")).await
+    else {
+        panic!("no time-out")
+    };
+    assert!(
+        cause.sentence.contains("slow") && cause.sentence.contains("1 s"),
+        "{cause:?}"
+    );
     assert!(begun.elapsed() < Duration::from_secs(20));
     assert_eq!(processes(&program), 0);
 }
@@ -117,17 +188,27 @@ async fn a_test_that_takes_too_long_is_killed() {
 async fn canceling_ends_a_test_within_two_seconds() {
     let world = World::new("", "");
     let program = format!("sleep 7534.{}", unique());
-    let checked_out = world.checked_out(&pipeline("long", &format!("trap '' TERM INT; {program}; true"), ""), &[]);
+    let checked_out = world.checked_out(
+        &pipeline("long", &format!("trap '' TERM INT; {program}; true"), ""),
+        &[],
+    );
     let scope = world.scope();
     let watcher = async {
-        support::eventually("the test runs", Duration::from_secs(30), async || (processes(&program) > 0).then_some(())).await;
+        support::eventually("the test runs", Duration::from_secs(30), async || {
+            (processes(&program) > 0).then_some(())
+        })
+        .await;
         world.cancel.cancel();
         Instant::now()
     };
     let made_of = built();
     let (result, canceled) = tokio::join!(test::run(&scope, &checked_out, &made_of), watcher);
     assert!(matches!(result, Err(StageError::Canceled)), "{result:?}");
-    assert!(canceled.elapsed() < Duration::from_secs(2), "{:?}", canceled.elapsed());
+    assert!(
+        canceled.elapsed() < Duration::from_secs(2),
+        "{:?}",
+        canceled.elapsed()
+    );
     assert_eq!((processes(&program), containers(&world).as_str()), (0, ""));
 }
 
@@ -137,14 +218,21 @@ async fn running_out_of_memory_fails_even_where_the_exit_code_is_0() {
     let script = "(tail /dev/zero); echo went on; exit 0";
     let cause = failed(run(&world, &pipeline("hungry", script, "")).await);
     assert_eq!(cause.id, "tests_failed");
-    assert!(cause.sentence.contains("ran out of memory") && cause.sentence.contains("32 MiB"), "{cause:?}");
+    assert!(
+        cause.sentence.contains("ran out of memory") && cause.sentence.contains("32 MiB"),
+        "{cause:?}"
+    );
     assert!(world.log().await.contains("went on"));
 }
 
 #[tokio::test]
 async fn a_fork_bomb_meets_its_limit() {
-    let world = World::new("", "    limits: { test_processes: 16, test_timeout_seconds: 60 }\n");
-    let script = "i=0; while [ $i -lt 64 ]; do sleep 30 & i=$((i+1)); done; echo all of them; exit 0";
+    let world = World::new(
+        "",
+        "    limits: { test_processes: 16, test_timeout_seconds: 60 }\n",
+    );
+    let script =
+        "i=0; while [ $i -lt 64 ]; do sleep 30 & i=$((i+1)); done; echo all of them; exit 0";
     let cause = failed(run(&world, &pipeline("bomb", script, "")).await);
     assert!(!world.log().await.contains("all of them"), "{cause:?}");
 }
@@ -153,16 +241,25 @@ async fn a_fork_bomb_meets_its_limit() {
 async fn a_stage_of_the_dockerfile_is_built_tested_and_its_tag_removed() {
     let world = World::new("", "");
     let name = format!("staged-{}", unique());
-    let text = format!("FROM {} AS test\nUSER 1234\nCOPY data /data\nFROM scratch\nCOPY nothing /\n", base());
+    let text = format!(
+        "FROM {} AS test\nUSER 1234\nCOPY data /data\nFROM scratch\nCOPY nothing /\n",
+        base()
+    );
     let checked_out = world.checked_out(
         &format!("image: {{ name: {name} }}\ntest:\n  - {{ name: one, target: test, run: 'cat /data; id -u' }}\n  - {{ name: two, target: test, run: 'exit 3' }}"),
         &[("Dockerfile", &text), ("data", "the data\n")],
     );
     let cause = failed(test::run(&world.scope(), &checked_out, &built()).await);
-    assert!(cause.sentence.contains("\"two\"") && cause.sentence.contains('3'), "{cause:?}");
+    assert!(
+        cause.sentence.contains("\"two\"") && cause.sentence.contains('3'),
+        "{cause:?}"
+    );
     let log = world.log().await;
     assert!(log.contains("the data\n1234\n"), "{log}");
-    let output = Command::new("docker").args(["images", "-q", &format!("landfall-test/{name}")]).output().unwrap();
+    let output = Command::new("docker")
+        .args(["images", "-q", &format!("landfall-test/{name}")])
+        .output()
+        .unwrap();
     assert_eq!(String::from_utf8(output.stdout).unwrap(), "");
 }
 
@@ -170,7 +267,13 @@ async fn a_stage_of_the_dockerfile_is_built_tested_and_its_tag_removed() {
 async fn a_test_that_cannot_begin_says_why() {
     let world = World::new("", "    limits: { unreachable_seconds: 1 }\n");
     let text = "FROM scratch\nCOPY data /data\n";
-    let checked_out = world.checked_out("image: { name: sample }\ntest:\n  - { name: bare, target: bare, run: 'true' }", &[("Dockerfile", &text.replace("scratch", "scratch AS bare")), ("data", "x")]);
+    let checked_out = world.checked_out(
+        "image: { name: sample }\ntest:\n  - { name: bare, target: bare, run: 'true' }",
+        &[
+            ("Dockerfile", &text.replace("scratch", "scratch AS bare")),
+            ("data", "x"),
+        ],
+    );
     let cause = failed(test::run(&world.scope(), &checked_out, &built()).await);
     assert!(cause.sentence.contains("/bin/sh"), "{cause:?}");
     let missing = format!("{}/landfall-it/no-such-image:1", support::registry());
@@ -189,15 +292,38 @@ async fn what_a_killed_agent_left_is_swept_and_does_not_stop_the_next_attempt() 
     let label = format!("landfall.dev/build={}", world.build.id);
     let leave = || {
         let started = Command::new("docker")
-            .args(["run", "-d", "--name", &name, "--network=none", "--label", &label, "--label", "landfall.dev/agent=1", &base(), "sleep", "600"])
+            .args([
+                "run",
+                "-d",
+                "--name",
+                &name,
+                "--network=none",
+                "--label",
+                &label,
+                "--label",
+                "landfall.dev/agent=1",
+                &base(),
+                "sleep",
+                "600",
+            ])
             .output()
             .unwrap();
         assert!(started.status.success(), "{started:?}");
     };
     leave();
-    assert_eq!(test::sweep(&world.config.docker, world.build.id).await.unwrap(), 1);
+    assert_eq!(
+        test::sweep(&world.config.docker, world.build.id)
+            .await
+            .unwrap(),
+        1
+    );
     assert_eq!(containers(&world), "");
-    assert_eq!(test::sweep(&world.config.docker, world.build.id).await.unwrap(), 0);
+    assert_eq!(
+        test::sweep(&world.config.docker, world.build.id)
+            .await
+            .unwrap(),
+        0
+    );
     leave();
     run(&world, &pipeline("again", "true", "")).await.unwrap();
 }

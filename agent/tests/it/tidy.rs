@@ -7,10 +7,35 @@ use std::path::{Path, PathBuf};
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
 /// Files whose modules do no IO: they name no module of ours that does.
-const PURE: [&str; 9] = ["builds", "pipeline", "diagnostic", "release", "manifests", "cluster/policy", "cluster/rollout", "cluster/diagnose", "ansi"];
+const PURE: [&str; 9] = [
+    "builds",
+    "pipeline",
+    "diagnostic",
+    "release",
+    "manifests",
+    "cluster/policy",
+    "cluster/rollout",
+    "cluster/diagnose",
+    "ansi",
+];
 const DOES_IO: [&str; 17] = [
-    "api", "build_log", "cli", "client", "cluster::apply", "cluster::observe", "config::load", "dashboard", "docker", "git_child", "github", "queue", "runner",
-    "server", "stages", "store", "webhook",
+    "api",
+    "build_log",
+    "cli",
+    "client",
+    "cluster::apply",
+    "cluster::observe",
+    "config::load",
+    "dashboard",
+    "docker",
+    "git_child",
+    "github",
+    "queue",
+    "runner",
+    "server",
+    "stages",
+    "store",
+    "webhook",
 ];
 
 /// Each source file of the agent by its path below src, less `.rs`, with the text above its tests.
@@ -23,26 +48,45 @@ fn sources() -> BTreeMap<String, String> {
             if path.is_dir() {
                 folders.push(path);
             } else if path.extension().is_some_and(|extension| extension == "rs") {
-                let name = path.strip_prefix(Path::new(ROOT).join("src")).unwrap().with_extension("").display().to_string();
+                let name = path
+                    .strip_prefix(Path::new(ROOT).join("src"))
+                    .unwrap()
+                    .with_extension("")
+                    .display()
+                    .to_string();
                 let text = fs::read_to_string(&path).unwrap();
                 sources.insert(name, text.split("#[cfg(test)]").next().unwrap().to_owned());
             }
         }
     }
-    assert!(sources.len() > 20, "the sources were not found: {sources:?}");
+    assert!(
+        sources.len() > 20,
+        "the sources were not found: {sources:?}"
+    );
     sources
 }
 
 /// The first two segments of every `crate::a::b` path and nested use that a file names.
 fn names(text: &str) -> BTreeSet<String> {
-    let code: String = text.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
+    let code: String = text
+        .lines()
+        .filter(|line| !line.trim_start().starts_with("//"))
+        .collect::<Vec<_>>()
+        .join("\n");
     let mut names = BTreeSet::new();
     for (at, _) in code.match_indices("crate::") {
         let rest = &code[at + "crate::".len()..];
-        let end = rest.find([';', '(', ' ', ',', ')', '>', '<', '\n']).unwrap_or(rest.len());
+        let end = rest
+            .find([';', '(', ' ', ',', ')', '>', '<', '\n'])
+            .unwrap_or(rest.len());
         if let Some(group) = rest.strip_prefix('{') {
             let group = &group[..group.find(';').unwrap_or(group.len())];
-            names.extend(group.split([',', '}', '\n']).map(|part| part.trim().to_owned()).filter(|part| !part.is_empty()));
+            names.extend(
+                group
+                    .split([',', '}', '\n'])
+                    .map(|part| part.trim().to_owned())
+                    .filter(|part| !part.is_empty()),
+            );
         } else {
             names.insert(rest[..end].to_owned());
         }
@@ -56,47 +100,216 @@ fn module(path: &str) -> &str {
 
 #[test]
 fn pure_modules_name_nothing_that_does_io() {
-    for (path, text) in sources().iter().filter(|(path, _)| PURE.contains(&path.as_str())) {
+    for (path, text) in sources()
+        .iter()
+        .filter(|(path, _)| PURE.contains(&path.as_str()))
+    {
         for name in names(text) {
             let offender = DOES_IO.iter().find(|io| name.starts_with(**io));
-            assert!(offender.is_none(), "{path}.rs is pure and names crate::{name}");
+            assert!(
+                offender.is_none(),
+                "{path}.rs is pure and names crate::{name}"
+            );
         }
-        assert!(!text.contains("async fn") && !text.contains("std::fs"), "{path}.rs is pure: no async, no files");
+        assert!(
+            !text.contains("async fn") && !text.contains("std::fs"),
+            "{path}.rs is pure: no async, no files"
+        );
     }
 }
 
 #[test]
 fn modules_name_only_what_is_downstream() {
     let forbidden: [(&str, &[&str]); 12] = [
-        ("webhook", &["runner", "stages", "cluster", "github", "dashboard", "cli", "queue"]),
-        ("api", &["runner", "stages", "cluster", "github", "queue", "cli", "webhook"]),
-        ("dashboard", &["runner", "stages", "cluster", "github", "queue", "cli", "webhook"]),
-        ("github", &["runner", "stages", "cluster", "queue", "dashboard", "cli", "webhook", "server"]),
-        ("queue", &["stages", "cluster", "github", "dashboard", "cli", "webhook", "server"]),
-        ("runner", &["queue", "github", "dashboard", "cli", "webhook", "server", "api"]),
-        ("stages", &["queue", "runner", "store", "github", "dashboard", "cli", "webhook", "server", "api"]),
-        ("cluster", &["queue", "runner", "stages", "store", "github", "dashboard", "cli", "webhook", "server", "api"]),
-        ("store", &["queue", "runner", "stages", "cluster", "github", "dashboard", "cli", "webhook", "server", "api"]),
-        ("build_log", &["queue", "runner", "stages", "cluster", "github", "dashboard", "cli", "webhook", "server", "api"]),
-        ("config", &["queue", "runner", "stages", "cluster", "store", "github", "dashboard", "cli", "webhook", "server", "api"]),
-        ("client", &["queue", "runner", "stages", "cluster", "store", "github", "dashboard", "webhook", "server"]),
+        (
+            "webhook",
+            &[
+                "runner",
+                "stages",
+                "cluster",
+                "github",
+                "dashboard",
+                "cli",
+                "queue",
+            ],
+        ),
+        (
+            "api",
+            &[
+                "runner", "stages", "cluster", "github", "queue", "cli", "webhook",
+            ],
+        ),
+        (
+            "dashboard",
+            &[
+                "runner", "stages", "cluster", "github", "queue", "cli", "webhook",
+            ],
+        ),
+        (
+            "github",
+            &[
+                "runner",
+                "stages",
+                "cluster",
+                "queue",
+                "dashboard",
+                "cli",
+                "webhook",
+                "server",
+            ],
+        ),
+        (
+            "queue",
+            &[
+                "stages",
+                "cluster",
+                "github",
+                "dashboard",
+                "cli",
+                "webhook",
+                "server",
+            ],
+        ),
+        (
+            "runner",
+            &[
+                "queue",
+                "github",
+                "dashboard",
+                "cli",
+                "webhook",
+                "server",
+                "api",
+            ],
+        ),
+        (
+            "stages",
+            &[
+                "queue",
+                "runner",
+                "store",
+                "github",
+                "dashboard",
+                "cli",
+                "webhook",
+                "server",
+                "api",
+            ],
+        ),
+        (
+            "cluster",
+            &[
+                "queue",
+                "runner",
+                "stages",
+                "store",
+                "github",
+                "dashboard",
+                "cli",
+                "webhook",
+                "server",
+                "api",
+            ],
+        ),
+        (
+            "store",
+            &[
+                "queue",
+                "runner",
+                "stages",
+                "cluster",
+                "github",
+                "dashboard",
+                "cli",
+                "webhook",
+                "server",
+                "api",
+            ],
+        ),
+        (
+            "build_log",
+            &[
+                "queue",
+                "runner",
+                "stages",
+                "cluster",
+                "github",
+                "dashboard",
+                "cli",
+                "webhook",
+                "server",
+                "api",
+            ],
+        ),
+        (
+            "config",
+            &[
+                "queue",
+                "runner",
+                "stages",
+                "cluster",
+                "store",
+                "github",
+                "dashboard",
+                "cli",
+                "webhook",
+                "server",
+                "api",
+            ],
+        ),
+        (
+            "client",
+            &[
+                "queue",
+                "runner",
+                "stages",
+                "cluster",
+                "store",
+                "github",
+                "dashboard",
+                "webhook",
+                "server",
+            ],
+        ),
     ];
     for (path, text) in sources() {
-        let Some((_, upstream)) = forbidden.iter().find(|(from, _)| *from == module(&path)) else { continue };
+        let Some((_, upstream)) = forbidden.iter().find(|(from, _)| *from == module(&path)) else {
+            continue;
+        };
         for name in names(&text) {
-            assert!(!upstream.contains(&module(&name)), "{path}.rs names crate::{name}, which is upstream of it");
+            assert!(
+                !upstream.contains(&module(&name)),
+                "{path}.rs names crate::{name}, which is upstream of it"
+            );
         }
     }
 }
 
 #[test]
 fn a_stage_never_names_another_stage() {
-    let stages = ["checkout", "image", "test", "deploy", "verify", "smoke_test", "rollback"];
+    let stages = [
+        "checkout",
+        "image",
+        "test",
+        "deploy",
+        "verify",
+        "smoke_test",
+        "rollback",
+    ];
     for (path, text) in sources() {
-        let Some(own) = path.strip_prefix("stages/").filter(|own| stages.contains(own)) else { continue };
+        let Some(own) = path
+            .strip_prefix("stages/")
+            .filter(|own| stages.contains(own))
+        else {
+            continue;
+        };
         let others = stages.iter().filter(|other| **other != own);
         for other in others {
-            for form in [format!("super::{other}::"), format!("stages::{other}::"), format!("use super::{other};")] {
+            for form in [
+                format!("super::{other}::"),
+                format!("stages::{other}::"),
+                format!("use super::{other};"),
+            ] {
                 assert!(!text.contains(&form), "{path}.rs names the stage {other}");
             }
         }
@@ -111,15 +324,23 @@ fn foreign_crates_have_one_place_each() {
         ("octocrab", &["github"]),
         ("kube", &["cluster", "stages", "cli"]),
         ("bollard", &["docker", "stages", "cli"]),
-        ("axum", &["server", "webhook", "api", "dashboard", "metrics"]),
+        (
+            "axum",
+            &["server", "webhook", "api", "dashboard", "metrics"],
+        ),
     ];
     for (path, text) in sources() {
         for (foreign, homes) in &places {
             let named = text.lines().any(|line| {
                 let line = line.trim_start();
-                !line.starts_with("//") && (line.contains(&format!("{foreign}::")) || line.contains(&format!("use {foreign}")))
+                !line.starts_with("//")
+                    && (line.contains(&format!("{foreign}::"))
+                        || line.contains(&format!("use {foreign}")))
             });
-            assert!(!named || homes.contains(&module(&path)), "{path}.rs names {foreign}, whose place is {homes:?}");
+            assert!(
+                !named || homes.contains(&module(&path)),
+                "{path}.rs names {foreign}, whose place is {homes:?}"
+            );
         }
     }
 }
@@ -127,13 +348,22 @@ fn foreign_crates_have_one_place_each() {
 #[test]
 fn only_config_reads_the_environment_and_only_store_writes_sql() {
     for (path, text) in sources() {
-        let code: Vec<_> = text.lines().filter(|line| !line.trim_start().starts_with("//")).collect();
+        let code: Vec<_> = text
+            .lines()
+            .filter(|line| !line.trim_start().starts_with("//"))
+            .collect();
         if path != "config" {
-            assert!(!code.iter().any(|line| line.contains("env::var")), "{path}.rs reads the environment");
+            assert!(
+                !code.iter().any(|line| line.contains("env::var")),
+                "{path}.rs reads the environment"
+            );
         }
         if module(&path) != "store" {
             for word in ["INSERT INTO", "DELETE FROM", "SELECT "] {
-                assert!(!code.iter().any(|line| line.contains(word)), "{path}.rs holds SQL");
+                assert!(
+                    !code.iter().any(|line| line.contains(word)),
+                    "{path}.rs holds SQL"
+                );
             }
         }
     }
@@ -142,8 +372,14 @@ fn only_config_reads_the_environment_and_only_store_writes_sql() {
 #[test]
 fn every_file_says_what_it_is() {
     for (path, text) in sources() {
-        let head = text.lines().take_while(|line| line.starts_with("//!")).count();
-        assert!((1..=8).contains(&head), "{path}.rs begins with {head} lines of `//!`: one to eight say what it is");
+        let head = text
+            .lines()
+            .take_while(|line| line.starts_with("//!"))
+            .count();
+        assert!(
+            (1..=8).contains(&head),
+            "{path}.rs begins with {head} lines of `//!`: one to eight say what it is"
+        );
     }
 }
 
@@ -155,7 +391,10 @@ fn the_version_is_in_the_changelog() {
 
 #[test]
 fn no_test_is_left_out_or_says_what_it_should_see_fail() {
-    let mut folders = vec![PathBuf::from(ROOT).join("src"), PathBuf::from(ROOT).join("tests")];
+    let mut folders = vec![
+        PathBuf::from(ROOT).join("src"),
+        PathBuf::from(ROOT).join("tests"),
+    ];
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
@@ -164,7 +403,11 @@ fn no_test_is_left_out_or_says_what_it_should_see_fail() {
             } else if path.extension().is_some_and(|extension| extension == "rs") {
                 let text = fs::read_to_string(&path).unwrap();
                 for attribute in [concat!("#[ig", "nore"), concat!("#[should", "_panic")] {
-                    assert!(!text.contains(attribute), "{} holds {attribute}", path.display());
+                    assert!(
+                        !text.contains(attribute),
+                        "{} holds {attribute}",
+                        path.display()
+                    );
                 }
             }
         }
@@ -174,5 +417,9 @@ fn no_test_is_left_out_or_says_what_it_should_see_fail() {
 #[test]
 fn the_architecture_is_short_enough_to_be_read() {
     let text = fs::read_to_string(Path::new(ROOT).join("../ARCHITECTURE.md")).unwrap();
-    assert!(text.lines().count() <= 150, "ARCHITECTURE.md has {} lines", text.lines().count());
+    assert!(
+        text.lines().count() <= 150,
+        "ARCHITECTURE.md has {} lines",
+        text.lines().count()
+    );
 }

@@ -1,0 +1,524 @@
+//! The store's truth to GitHub: commit statuses by octocrab. The only place that names it.
+//!
+//! The line: builds of which not everything was said → what is to be said (`word`) → one POST → what the answer means
+//! (`judge`) → the store. Waiting, order and retries follow from the store alone, so a restart forgets none of them.
+//! Never blocks a build, never shows the token.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use http_body_util::{BodyExt, Limited};
+use hyper::HeaderMap;
+use octocrab::Octocrab;
+use octocrab::service::middleware::retry::RetryConfig;
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use tokio_util::sync::CancellationToken;
+
+use crate::build_log::Masker;
+use crate::builds::{Build, Millis, Outcome, Status, human_duration, is_commit_id, now};
+use crate::config::{Config, Github, Secret};
+use crate::store::{Siblings, Store, Untold};
+
+const API_URL: &str = "https://api.github.com";
+/// GitHub refuses longer ones.
+pub const DESCRIPTION_CHARS_MAX: usize = 140;
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+const ANSWER_BYTES_MAX: usize = 256 * 1024;
+/// The store wakes us; this is for what it cannot know: that a wait is over.
+const POLL_EVERY: Duration = Duration::from_secs(5);
+/// A build's first rows come in a flurry.
+const SETTLE: Duration = Duration::from_millis(200);
+/// Builds looked at in one pass.
+const OPEN_MAX: i64 = 500;
+const BACKOFF_FIRST: Duration = Duration::from_secs(1);
+const BACKOFF_MAX: Duration = Duration::from_mins(5);
+/// Where a secondary limit names no time, GitHub asks for a minute.
+const LIMIT_UNNAMED: Duration = Duration::from_mins(1);
+/// No honest limit is longer.
+const LIMIT_MAX: Duration = Duration::from_hours(24);
+/// After so many refusals of one status it is not tried again.
+const REFUSALS_MAX: i64 = 5;
+/// Nobody waits for the status of an older build: a token that comes late does not tell a year of them.
+const AGE_MAX: Duration = Duration::from_hours(7 * 24);
+/// GitHub's limit is 80 writes a minute: so many at once, then one a `PACE_EVERY`.
+const PACE_BURST: u32 = 20;
+const PACE_EVERY: Duration = Duration::from_secs(1);
+
+/// What GitHub shall show of a build.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Word {
+    /// `pending`, `success`, `failure` or `error`.
+    state: &'static str,
+    description: String,
+}
+
+/// What there is to do for a build.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Next {
+    Say(Word),
+    /// Nothing will ever be said of it.
+    Silence,
+    /// Nothing now.
+    Wait,
+}
+
+/// What an answer means.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Sent {
+    Told,
+    /// Again at `at`; until then nobody of `whom` is tried.
+    Later {
+        whom: Whom,
+        at: Millis,
+        problem: String,
+    },
+    /// Never again.
+    Refused(String),
+}
+
+/// Who waits with a build that could not be told. Stored as the first word of its problem.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Whom {
+    /// GitHub is away, limits us, or does not know the token.
+    Everyone,
+    /// The token has no right to this repository, or it is gone.
+    Repository,
+    /// The builds of this commit in this environment, so that they stay in order.
+    Commit,
+}
+
+impl Whom {
+    const ALL: [Self; 3] = [Self::Everyone, Self::Repository, Self::Commit];
+
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Everyone => "everyone",
+            Self::Repository => "repository",
+            Self::Commit => "commit",
+        }
+    }
+
+    fn of(problem: &str) -> Self {
+        let word = problem.split_once(": ").map_or("", |(word, _)| word);
+        Self::ALL
+            .into_iter()
+            .find(|whom| whom.as_str() == word)
+            .unwrap_or(Self::Commit)
+    }
+}
+
+/// Tells GitHub until `shutdown` fires. Without a token it says so once and ends.
+pub async fn run(config: Arc<Config>, store: Store, shutdown: CancellationToken) {
+    let Some(token) = &config.github.token else {
+        tracing::info!("no `github.token`: commits get no status");
+        return;
+    };
+    let octocrab = match connect(&config.github, token) {
+        Ok(octocrab) => octocrab,
+        Err(error) => return tracing::error!("commits get no status: {error:#}"),
+    };
+    let mut changed = store.watch();
+    let masker = Masker::new([token.expose()]);
+    let mut teller = Teller {
+        base_url: config.base_url(),
+        store,
+        octocrab,
+        masker,
+        from: 0,
+        pace: Pace::new(),
+    };
+    loop {
+        changed.mark_unchanged();
+        let pass = tokio::select! {
+            () = shutdown.cancelled() => return,
+            pass = teller.pass() => pass,
+        };
+        let pause = pass.unwrap_or_else(|error| {
+            tracing::warn!("cannot read what GitHub is to be told: {error:#}");
+            POLL_EVERY
+        });
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            () = tokio::time::sleep(pause.min(POLL_EVERY)) => {}
+            woken = changed.changed() => {
+                let settle = if woken.is_ok() { SETTLE } else { POLL_EVERY };
+                tokio::time::sleep(settle).await;
+            }
+        }
+    }
+}
+
+/// Whether the token can see a repository: what `landfall doctor` asks. The error says what to do.
+pub async fn check(github: &Github, repository: &str) -> anyhow::Result<()> {
+    let token = github.token.as_ref().context("there is no token")?;
+    let octocrab = connect(github, token)?;
+    let path = repository_path(repository)
+        .with_context(|| format!("{repository:?} is not like owner/name"))?;
+    let answer = octocrab
+        ._get(path)
+        .await
+        .map_err(|error| anyhow::anyhow!("cannot reach GitHub: {}", rooted(&error)))?;
+    match answer.status().as_u16() {
+        200 => Ok(()),
+        401 => anyhow::bail!("GitHub does not know this token: it has expired or was revoked"),
+        403 | 404 => anyhow::bail!("the token may not see {repository}"),
+        code => anyhow::bail!("GitHub answers {code} for {repository}"),
+    }
+}
+
+fn connect(github: &Github, token: &Secret) -> anyhow::Result<Octocrab> {
+    let url = github.api_url.as_deref().unwrap_or(API_URL);
+    Octocrab::builder()
+        .base_uri(url.trim_end_matches('/'))
+        .with_context(|| format!("github.api_url {url:?} is not an address"))?
+        .personal_token(token.expose().to_owned())
+        .set_connect_timeout(Some(REQUEST_TIMEOUT))
+        .set_read_timeout(Some(REQUEST_TIMEOUT))
+        .add_retry_config(RetryConfig::None)
+        .build()
+        .context("cannot make a client of GitHub")
+}
+
+/// `/repos/OWNER/NAME`; None where it is not of this form.
+fn repository_path(repository: &str) -> Option<String> {
+    let (owner, name) = repository.split_once('/')?;
+    let is_one = |part: &str| !part.is_empty() && !part.contains('/');
+    let encode = |part| utf8_percent_encode(part, NON_ALPHANUMERIC);
+    (is_one(owner) && is_one(name)).then(|| format!("/repos/{}/{}", encode(owner), encode(name)))
+}
+
+struct Teller {
+    base_url: String,
+    store: Store,
+    octocrab: Octocrab,
+    masker: Masker,
+    /// Everything is said of builds with smaller numbers.
+    from: i64,
+    pace: Pace,
+}
+
+/// Who waits now.
+#[derive(Default)]
+struct Waiting {
+    everyone: bool,
+    repositories: HashSet<String>,
+    commits: HashSet<(String, String)>,
+}
+
+impl Waiting {
+    fn add(&mut self, whom: Whom, build: &Build) {
+        match whom {
+            Whom::Everyone => self.everyone = true,
+            Whom::Repository => drop(self.repositories.insert(build.repository.clone())),
+            Whom::Commit => drop(self.commits.insert(commit_of(build))),
+        }
+    }
+
+    fn holds(&self, build: &Build) -> bool {
+        self.everyone
+            || self.repositories.contains(&build.repository)
+            || self.commits.contains(&commit_of(build))
+    }
+}
+
+fn commit_of(build: &Build) -> (String, String) {
+    (build.environment.clone(), build.commit.clone())
+}
+
+impl Teller {
+    /// Says what can be said now; how long until something more can.
+    async fn pass(&mut self) -> anyhow::Result<Duration> {
+        let open = self.store.untold(self.from, OPEN_MAX).await?;
+        self.from = open.first().map_or(self.from, |first| first.build.id);
+        let at = now();
+        let mut waiting = Waiting::default();
+        let mut next_at = Millis::MAX;
+        for one in open.iter().filter(|one| one.next_at > at) {
+            next_at = next_at.min(one.next_at);
+            waiting.add(
+                Whom::of(one.problem.as_deref().unwrap_or_default()),
+                &one.build,
+            );
+        }
+        for one in &open {
+            if waiting.holds(&one.build) {
+                continue;
+            }
+            let word = match self.next(one).await? {
+                Next::Wait => continue,
+                Next::Silence => {
+                    self.store.told(one.build.id, "silent").await?;
+                    continue;
+                }
+                Next::Say(word) => word,
+            };
+            match self.say(one, &word).await {
+                Sent::Told => self.store.told(one.build.id, word.state).await?,
+                Sent::Refused(problem) => {
+                    tracing::warn!(build = one.build.id, repository = %one.build.repository, "GitHub refuses a status for good: {problem}");
+                    self.store.told(one.build.id, "silent").await?;
+                }
+                Sent::Later { whom, at, problem } => {
+                    let wait = human_duration(at - now());
+                    tracing::warn!(build = one.build.id, repository = %one.build.repository, "GitHub was not told, next try in {wait}: {problem}");
+                    let problem = format!("{}: {problem}", whom.as_str());
+                    self.store.not_told(one.build.id, at, &problem).await?;
+                    waiting.add(whom, &one.build);
+                    next_at = next_at.min(at);
+                }
+            }
+        }
+        Ok(Duration::from_millis(
+            u64::try_from(next_at.saturating_sub(now())).unwrap_or(0),
+        ))
+    }
+
+    async fn next(&self, one: &Untold) -> anyhow::Result<Next> {
+        let siblings = self.store.siblings(&one.build).await?;
+        Ok(next(&one.build, one.told.is_some(), siblings, now()))
+    }
+
+    async fn say(&mut self, one: &Untold, word: &Word) -> Sent {
+        let build = &one.build;
+        let Some(path) = repository_path(&build.repository) else {
+            return Sent::Refused("the repository is not like owner/name".to_owned());
+        };
+        let status = serde_json::json!({
+            "state": word.state,
+            "target_url": format!("{}/builds/{}", self.base_url, build.id),
+            "description": word.description,
+            "context": format!("landfall/{}", build.environment),
+        });
+        self.pace.wait().await;
+        let route = format!("{path}/statuses/{}", build.commit);
+        let sent = async {
+            let answer = self
+                .octocrab
+                ._post(route, Some(&status))
+                .await
+                .map_err(|error| rooted(&error))?;
+            let (parts, body) = answer.into_parts();
+            let body = Limited::new(body, ANSWER_BYTES_MAX)
+                .collect()
+                .await
+                .map_err(|error| error.to_string())?;
+            Ok((parts.status.as_u16(), parts.headers, body.to_bytes()))
+        };
+        let answer = tokio::time::timeout(REQUEST_TIMEOUT, sent)
+            .await
+            .unwrap_or_else(|_| {
+                Err(format!(
+                    "no answer within {} s",
+                    REQUEST_TIMEOUT.as_secs()
+                ))
+            });
+        match answer {
+            Ok((code, headers, body)) => {
+                let message = self.masker.mask_text(&message(&body));
+                judge(code, &headers, &message, one.tries, now())
+            }
+            Err(problem) => later(
+                Whom::Everyone,
+                one.tries,
+                now(),
+                self.masker.mask_text(&problem),
+            ),
+        }
+    }
+}
+
+/// What is to be said of a build. `pending` is said once, and never where GitHub shows a final state of the commit.
+fn next(build: &Build, is_pending: bool, siblings: Siblings, at: Millis) -> Next {
+    let age = at - build.finished_at.unwrap_or(at);
+    if build.status.is_terminal() && (!is_commit_id(&build.commit) || age > millis(AGE_MAX)) {
+        return Next::Silence;
+    }
+    let (state, description) = match build.status {
+        Status::Queued | Status::Running => {
+            // A manual build learns its commit in checkout.
+            if is_pending || siblings.shown > 0 || !is_commit_id(&build.commit) {
+                return Next::Wait;
+            }
+            ("pending", "in progress".to_owned())
+        }
+        Status::Passed => ("success", passed(build)),
+        Status::Failed | Status::Canceled => ("failure", failed(build)),
+        Status::Errored => ("error", failed(build)),
+        Status::Superseded | Status::Skipped => {
+            if siblings.finished > 0 || siblings.live > 0 {
+                return Next::Silence;
+            }
+            ("success", format!("not built: {}", not_built(build)))
+        }
+    };
+    let description = shorten(&description);
+    Next::Say(Word { state, description })
+}
+
+fn passed(build: &Build) -> String {
+    let took = build
+        .finished_at
+        .zip(build.started_at)
+        .map_or(0, |(end, begin)| end - begin);
+    let what = match build.outcome {
+        Outcome::Unchanged => "nothing to change",
+        _ => "live",
+    };
+    format!("{what}, after {}", human_duration(took))
+}
+
+fn failed(build: &Build) -> String {
+    let why = match &build.cause {
+        Some(cause) => cause.sentence.clone(),
+        None => build.status.to_string(),
+    };
+    match build.outcome {
+        Outcome::RolledBack => format!("rolled back: {why}"),
+        Outcome::RollbackFailed => format!("rollback failed: {why}"),
+        _ => why,
+    }
+}
+
+fn not_built(build: &Build) -> String {
+    match (&build.cause, build.superseded_by) {
+        (Some(cause), _) => cause.sentence.clone(),
+        (None, Some(newer)) => format!("superseded by build #{newer}"),
+        (None, None) => build.status.to_string(),
+    }
+}
+
+/// One line of at most 140 characters, of those that GitHub takes: none beyond the basic plane.
+fn shorten(text: &str) -> String {
+    let mut chars = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    chars.retain(|c| !c.is_control());
+    let mut plain = chars
+        .chars()
+        .map(|c| if c > '\u{ffff}' { '\u{fffd}' } else { c });
+    let mut short: String = plain.by_ref().take(DESCRIPTION_CHARS_MAX).collect();
+    if plain.next().is_some() {
+        short.pop();
+        short.push('…');
+    }
+    short
+}
+
+/// What GitHub says of a refusal, bounded.
+fn message(body: &[u8]) -> String {
+    let value: serde_json::Value = serde_json::from_slice(body).unwrap_or_default();
+    let text = value
+        .get("message")
+        .and_then(serde_json::Value::as_str)
+        .unwrap_or_default();
+    let details = value
+        .get("errors")
+        .map(ToString::to_string)
+        .unwrap_or_default();
+    format!("{text} {details}")
+        .trim()
+        .chars()
+        .filter(|c| !c.is_control())
+        .take(300)
+        .collect()
+}
+
+fn judge(code: u16, headers: &HeaderMap, message: &str, tries: i64, at: Millis) -> Sent {
+    let problem = format!("{code} {message}");
+    let is_limit = code == 429
+        || code == 403
+            && (headers.contains_key("retry-after")
+                || number(headers, "x-ratelimit-remaining") == Some(0)
+                || message.to_lowercase().contains("rate limit"));
+    match code {
+        201 => Sent::Told,
+        _ if is_limit => {
+            let wait = limit(headers, at).max(backoff(tries));
+            Sent::Later {
+                whom: Whom::Everyone,
+                at: at + millis(wait),
+                problem,
+            }
+        }
+        401 | 408 | 500.. => later(Whom::Everyone, tries, at, problem),
+        // Renamed, gone, or not the token's to write to: the operator can mend it.
+        200 | 300..=399 | 403 | 404 | 410 | 451 => later(Whom::Repository, tries, at, problem),
+        // The commit may not be everywhere at GitHub yet; then it is a refusal.
+        _ if tries + 1 < REFUSALS_MAX => later(Whom::Commit, tries, at, problem),
+        _ => Sent::Refused(problem),
+    }
+}
+
+fn later(whom: Whom, tries: i64, at: Millis, problem: String) -> Sent {
+    Sent::Later {
+        whom,
+        at: at + millis(backoff(tries)),
+        problem,
+    }
+}
+
+/// How long GitHub asks us to be silent.
+fn limit(headers: &HeaderMap, at: Millis) -> Duration {
+    let named = number(headers, "retry-after").or_else(|| {
+        let is_used_up = number(headers, "x-ratelimit-remaining") == Some(0);
+        let reset = number(headers, "x-ratelimit-reset").filter(|_| is_used_up)?;
+        // A second more: both clocks are cut off to seconds.
+        Some(reset.saturating_sub(u64::try_from(at / 1000).unwrap_or(0)) + 1)
+    });
+    named
+        .map_or(LIMIT_UNNAMED, Duration::from_secs)
+        .min(LIMIT_MAX)
+}
+
+fn number(headers: &HeaderMap, name: &str) -> Option<u64> {
+    headers.get(name)?.to_str().ok()?.trim().parse().ok()
+}
+
+/// Doubled with each try up to the limit; between the half and the whole of it, so that agents do not come in step.
+fn backoff(tries: i64) -> Duration {
+    let exponent = u32::try_from(tries.clamp(0, 16)).unwrap_or(0);
+    let whole = BACKOFF_FIRST
+        .saturating_mul(2u32.saturating_pow(exponent))
+        .min(BACKOFF_MAX);
+    let random = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), tries);
+    let share = 500 + u32::try_from(random % 500).unwrap_or(0);
+    whole * share / 1000
+}
+
+fn millis(duration: Duration) -> Millis {
+    Millis::try_from(duration.as_millis()).unwrap_or(Millis::MAX)
+}
+
+/// The last of a chain of errors: what happened to the connection.
+fn rooted(error: &dyn std::error::Error) -> String {
+    let mut root = error;
+    while let Some(source) = root.source() {
+        root = source;
+    }
+    root.to_string()
+}
+
+/// Tokens that come one a `PACE_EVERY`, at most `PACE_BURST` of them.
+struct Pace {
+    full_at: Instant,
+}
+
+impl Pace {
+    fn new() -> Self {
+        Self {
+            full_at: Instant::now(),
+        }
+    }
+
+    async fn wait(&mut self) {
+        let at = Instant::now();
+        let ahead = self.full_at.saturating_duration_since(at);
+        let burst = PACE_EVERY * PACE_BURST;
+        tokio::time::sleep(ahead.saturating_sub(burst)).await;
+        self.full_at = self.full_at.max(Instant::now()) + PACE_EVERY;
+    }
+}
+
+#[cfg(test)]
+#[path = "github_tests.rs"]
+mod tests;
