@@ -15,7 +15,7 @@ fn titles(build: &Value) -> Vec<&str> {
         .collect()
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_push_goes_live_through_six_stages() {
     let mut landfall = Landfall::start("line").await;
     let id = landfall.push(&[]).await;
@@ -73,7 +73,7 @@ async fn a_push_goes_live_through_six_stages() {
     );
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_build_killed_in_any_stage_goes_on_and_ends_right() {
     let mut landfall = Landfall::start("kill").await;
     let slow_test = "sleep 2; grep -q Hello /www/index.html && echo ok";
@@ -121,7 +121,7 @@ async fn a_build_killed_in_any_stage_goes_on_and_ends_right() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_newer_push_takes_the_place_of_one_that_has_not_begun_to_deploy() {
     let mut landfall = Landfall::start("supersede").await;
     let first = landfall.push(&[("test.sh", "sleep 60")]).await;
@@ -141,7 +141,7 @@ async fn a_newer_push_takes_the_place_of_one_that_has_not_begun_to_deploy() {
     );
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_build_can_be_canceled_and_rerun() {
     let mut landfall = Landfall::start("cancel").await;
     let id = landfall.push(&[("test.sh", "sleep 60")]).await;
@@ -160,7 +160,7 @@ async fn a_build_can_be_canceled_and_rerun() {
     );
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_fault_of_the_author_is_named_and_changes_nothing() {
     let mut landfall = Landfall::start("faults").await;
     let good = landfall.push(&[]).await;
@@ -257,7 +257,7 @@ async fn each_fault_of_the_author_is_named_and_changes_nothing() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_release_that_dies_at_start_fails_with_its_own_last_words_and_the_way_back() {
     let mut landfall = Landfall::start("dies").await;
     let good = landfall.push(&[]).await;
@@ -291,7 +291,7 @@ async fn a_release_that_dies_at_start_fails_with_its_own_last_words_and_the_way_
     );
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wrong_answer_to_the_smoke_test_fails_the_build() {
     let mut landfall = Landfall::start("smoke").await;
     let pipeline = std::fs::read_to_string(landfall.path("work/pipeline.yaml")).unwrap();
@@ -314,7 +314,7 @@ async fn a_wrong_answer_to_the_smoke_test_fails_the_build() {
     );
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_live_log_is_read_while_the_build_runs() {
     let mut landfall = Landfall::start("sse").await;
     let id = landfall
@@ -367,7 +367,7 @@ async fn the_live_log_is_read_while_the_build_runs() {
     assert!(is_terminal(&build));
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_signature_that_is_not_right_is_401_and_leaves_nothing() {
     let landfall = Landfall::start("signature").await;
     let body = push_payload(
@@ -437,7 +437,7 @@ async fn a_signature_that_is_not_right_is_401_and_leaves_nothing() {
     assert_eq!(landfall.get("/api/builds").await["builds"], json!([]));
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_delivery_that_is_no_push_for_us_is_said_to_be_ignored() {
     let landfall = Landfall::start("ignored").await;
     let (a, b, zero) = ("a".repeat(40), "b".repeat(40), "0".repeat(40));
@@ -512,7 +512,7 @@ async fn a_delivery_that_is_no_push_for_us_is_said_to_be_ignored() {
     assert_eq!(landfall.get("/api/builds").await["builds"], json!([]));
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_form_delivery_is_read_as_a_json_one() {
     let mut landfall = Landfall::start("form").await;
     let after = landfall.commit(&[("test.sh", "exit 1")]);
@@ -551,7 +551,7 @@ async fn a_form_delivery_is_read_as_a_json_one() {
     );
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn writes_need_the_token_and_pages_their_own_host() {
     let landfall = Landfall::start("guard").await;
     let http = reqwest::Client::builder().no_proxy().build().unwrap();
@@ -588,7 +588,7 @@ async fn writes_need_the_token_and_pages_their_own_host() {
     );
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_second_agent_on_the_same_folder_or_port_is_refused_with_what_to_do() {
     let landfall = Landfall::start("second").await;
     let output = landfall
@@ -613,7 +613,7 @@ async fn a_second_agent_on_the_same_folder_or_port_is_refused_with_what_to_do() 
     );
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stopped_agent_leaves_its_build_to_the_next_start() {
     let mut landfall = Landfall::start("stop").await;
     let id = landfall.push(&[("test.sh", "sleep 3")]).await;
@@ -629,7 +629,7 @@ async fn a_stopped_agent_leaves_its_build_to_the_next_start() {
     );
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_manual_build_takes_the_head_of_the_branch() {
     let mut landfall = Landfall::start("manual").await;
     let head = landfall.commit(&[]);
