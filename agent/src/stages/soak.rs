@@ -28,6 +28,9 @@ pub async fn run(
     if length.is_zero() || targets.is_empty() {
         return Ok(());
     }
+    scope
+        .log
+        .line(format!("Soak: watching for {} s.", length.as_secs()));
     let soaked = tokio::select! {
         biased;
         () = scope.cancel.cancelled() => {

@@ -135,6 +135,21 @@ impl Stand {
         smoke_test::run(&self.scope(&log), &self.release, &rolled_out).await
     }
 
+    /// Cancels as soon as the log says this; what it drained until then is lost to `log`.
+    fn cancel_at(&self, words: &'static str) -> tokio::task::JoinHandle<()> {
+        let (cancel, log) = (self.cancel.clone(), self.log.clone());
+        tokio::spawn(async move {
+            let mut text = String::new();
+            while !text.contains(words) {
+                let lines = log.drain().await.unwrap();
+                lines
+                    .iter()
+                    .for_each(|line| text.push_str(&String::from_utf8_lossy(&line.bytes)));
+            }
+            cancel.cancel();
+        })
+    }
+
     async fn log(&self) -> String {
         self.log.close();
         let mut text = String::new();
@@ -543,20 +558,7 @@ async fn a_program_that_dies_after_the_smoke_test_fails_in_the_soak() {
 async fn a_cancel_cuts_the_soak_short_and_the_release_stays_live() {
     let mut stand = Stand::new("cut", serving);
     stand.verify().await.unwrap();
-    let cancel = stand.cancel.clone();
-    let log = stand.log.clone();
-    let canceler = tokio::spawn(async move {
-        // The soak has begun when the Service has answered.
-        let mut text = String::new();
-        while !text.contains("of service/web: 200") {
-            let lines = log.drain().await.unwrap();
-            lines
-                .iter()
-                .for_each(|line| text.push_str(&String::from_utf8_lossy(&line.bytes)));
-        }
-        tokio::time::sleep(Duration::from_secs(1)).await;
-        cancel.cancel();
-    });
+    let canceler = stand.cancel_at("Soak: watching for 300 s");
     let begun = Instant::now();
     stand
         .smoke_test(json!([{"get": "/", "service": "web"}]), 300)
@@ -598,12 +600,9 @@ async fn a_canceled_verify_ends_at_once() {
         ready_when_it_answers(&mut deployment);
         vec![deployment]
     });
-    let cancel = stand.cancel.clone();
-    tokio::spawn(async move {
-        tokio::time::sleep(Duration::from_secs(2)).await;
-        cancel.cancel();
-    });
+    let canceler = stand.cancel_at("0 of 1 new pods ready");
     let begun = Instant::now();
     assert!(matches!(stand.verify().await, Err(StageError::Canceled)));
     assert!(begun.elapsed() < Duration::from_secs(10));
+    canceler.await.unwrap();
 }
