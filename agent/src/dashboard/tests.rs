@@ -298,7 +298,6 @@ async fn what_comes_from_outside_is_only_ever_text() {
         let name: String = url::form_urlencoded::byte_serialize(odd.as_bytes()).collect();
         for path in [
             "/".to_owned(),
-            "/?part=live".to_owned(),
             format!("/?branch={name}&environment={name}"),
             format!("/?branch={name}&limit=1"),
             format!("/builds/{}", build.id),
