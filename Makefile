@@ -2,7 +2,7 @@
 export CARGO_TARGET_DIR ?= $(CURDIR)/target
 
 .DEFAULT_GOAL := help
-.PHONY: help cluster cluster-down
+.PHONY: help cluster cluster-down demo demo-stop test
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -13,3 +13,12 @@ cluster: ## makes or starts the demo's cluster: a real Kubernetes in one contain
 cluster-down: ## removes the clusters and the images that were made for them
 	@dev/cluster down landfall-demo landfall-test
 	@dev/setup clean
+
+demo: ## says what it will do, sets up what is missing, pushes a commit and takes it live (YES=1 does not ask)
+	@dev/demo
+
+demo-stop: ## ends the demo's agent and git server; its state and its cluster stay
+	@dev/demo stop
+
+test: ## sets up what is missing and runs every test
+	@dev/test

@@ -83,11 +83,7 @@ pub struct Wanted {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     /// With its newline, where it has one.
-    Line {
-        number: i64,
-        stage: Option<Stage>,
-        text: String,
-    },
+    Line { number: i64, stage: Option<Stage>, text: String },
     /// The build has ended, and so has its log.
     End,
 }
@@ -174,17 +170,10 @@ impl Client {
 
     /// The log as it grows, from the line behind number `last` on.
     pub async fn live(&self, id: i64, last: i64) -> Result<Live<'_>, Problem> {
-        let request = self
-            .get(&format!("/api/builds/{id}/log/live"))
-            .header("accept", "text/event-stream")
-            .header("last-event-id", last);
+        let request =
+            self.get(&format!("/api/builds/{id}/log/live")).header("accept", "text/event-stream").header("last-event-id", last);
         let response = self.send(request).await?;
-        Ok(Live {
-            client: self,
-            response,
-            parser: Parser::default(),
-            events: std::collections::VecDeque::new(),
-        })
+        Ok(Live { client: self, response, parser: Parser::default(), events: std::collections::VecDeque::new() })
     }
 
     fn get(&self, path: &str) -> RequestBuilder {

@@ -50,7 +50,7 @@ struct Ended {
 
 /// Runs a claimed build to its end, or leaves it to the next agent when this one stops.
 pub async fn run(agent: &Agent, build: Build, cancel: CancellationToken) {
-    if let Err(error) = run_logged(agent, &build, &cancel).await {
+    if let Err(error) = run_logged(agent, build.clone(), &cancel).await {
         tracing::error!(
             build = build.id,
             error = format!("{error:#}"),
@@ -61,7 +61,7 @@ pub async fn run(agent: &Agent, build: Build, cancel: CancellationToken) {
 
 async fn run_logged(
     agent: &Agent,
-    build: &Build,
+    mut build: Build,
     cancel: &CancellationToken,
 ) -> anyhow::Result<()> {
     let begun = now();
@@ -74,11 +74,14 @@ async fn run_logged(
     let writer = write_log(agent.store.clone(), build.id, log.clone(), next);
 
     let ended = match agent.config.environment(&build.environment) {
-        Some(environment) => {
-            Line::new(agent, environment, build, &log, cancel)
-                .run()
-                .await
-        }
+        Some(environment) => match name_commit(agent, environment, &mut build).await {
+            Ok(()) => {
+                Line::new(agent, environment, &build, &log, cancel)
+                    .run()
+                    .await
+            }
+            Err(error) => Some(Ended::errored(&error)),
+        },
         None => Some(Ended::failed(Cause::new(
             "no_environment",
             format!(
@@ -90,8 +93,8 @@ async fn run_logged(
 
     if let Some(ended) = &ended {
         say_end(
-            &log.stage(last_stage(agent, build).await),
-            build,
+            &log.stage(last_stage(agent, &build).await),
+            &build,
             ended,
             now() - begun,
         );
@@ -101,10 +104,26 @@ async fn run_logged(
     let Some(ended) = ended else { return Ok(()) };
     agent
         .store
-        .finish(build, ended.status, ended.outcome, ended.cause.as_ref())
+        .finish(&build, ended.status, ended.outcome, ended.cause.as_ref())
         .await?;
     tracing::info!(build = build.id, status = %ended.status, outcome = %ended.outcome, "build ended");
-    remove_work(&work_dir(agent, build)).await;
+    remove_work(&work_dir(agent, &build)).await;
+    Ok(())
+}
+
+/// A build that a person asked for by branch: its commit is the branch's head now, and stays so when it is resumed.
+async fn name_commit(
+    agent: &Agent,
+    environment: &Environment,
+    build: &mut Build,
+) -> anyhow::Result<()> {
+    if build.commit.is_empty() {
+        let mirrors = mirrors(agent);
+        make_private_dir(&mirrors)?;
+        build.commit =
+            checkout::resolve(environment, &agent.exe, &mirrors, &build.branch).await?;
+        agent.store.describe(build, &build.commit, "").await?;
+    }
     Ok(())
 }
 
@@ -157,6 +176,10 @@ fn say_end(log: &StageLog, build: &Build, ended: &Ended, millis: i64) {
         human_duration(millis),
         ended.outcome
     ));
+}
+
+fn mirrors(agent: &Agent) -> PathBuf {
+    agent.config.data_dir.join("mirrors")
 }
 
 fn work_dir(agent: &Agent, build: &Build) -> PathBuf {
@@ -213,7 +236,7 @@ impl<'a> Line<'a> {
             log,
             cancel,
             unstoppable: CancellationToken::new(),
-            mirrors: agent.config.data_dir.join("mirrors"),
+            mirrors: mirrors(agent),
             work: work_dir(agent, build),
             touched: std::sync::Mutex::default(),
         }
@@ -596,6 +619,14 @@ impl Ended {
             status: Status::Failed,
             outcome: Outcome::Unchanged,
             cause: Some(cause),
+        }
+    }
+
+    fn errored(error: &anyhow::Error) -> Self {
+        Self {
+            status: Status::Errored,
+            outcome: Outcome::Unchanged,
+            cause: Some(Cause::new("agent", format!("{error:#}"))),
         }
     }
 

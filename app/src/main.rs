@@ -69,7 +69,7 @@ async fn serve(
     let (phase, seen) = watch::channel(Phase::Serving);
     let mut closing = seen.clone();
     let server = axum::serve(listener, router(seen)).with_graceful_shutdown(async move {
-        drop(closing.wait_for(|p| *p == Phase::Draining).await)
+        drop(closing.wait_for(|p| *p == Phase::Draining).await);
     });
     let shutdown = async {
         let linger = stop.await;
@@ -79,7 +79,7 @@ async fn serve(
         sleep(drain).await;
     };
     tokio::select! {
-        served = server => served,
+        ended = server => ended,
         () = shutdown => Ok(()),
     }
 }

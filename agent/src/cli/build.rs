@@ -80,18 +80,26 @@ async fn whole(client: &Client, digits: &str) -> anyhow::Result<String> {
     }
     let wanted = Wanted { limit: Some(200), ..Wanted::default() };
     let builds: Vec<Build> = client::read_list(&client.builds(&wanted).await?, "builds")?;
-    let mut commits: Vec<String> = builds.into_iter().map(|build| build.commit).filter(|commit| commit.starts_with(digits)).collect();
+    let mut commits: Vec<String> =
+        builds.into_iter().map(|build| build.commit).filter(|commit| commit.starts_with(digits)).collect();
     commits.sort_unstable();
     commits.dedup();
     match commits.as_slice() {
         [commit] => Ok(commit.clone()),
-        [] => bail!("no commit that was built of late begins with {digits}: give all 40 digits (`git rev-parse {digits}` prints them)"),
+        [] => bail!(
+            "no commit that was built of late begins with {digits}: give all 40 digits (`git rev-parse {digits}` prints them)"
+        ),
         several => bail!("{} commits begin with {digits}: give more digits", several.len()),
     }
 }
 
 /// What `build` and `rerun` do with builds that were queued.
-pub async fn finish(client: &Client, started: Vec<Value>, wait: &WaitArguments, output: &OutputArgument) -> anyhow::Result<ExitCode> {
+pub async fn finish(
+    client: &Client,
+    started: Vec<Value>,
+    wait: &WaitArguments,
+    output: &OutputArgument,
+) -> anyhow::Result<ExitCode> {
     let builds: Vec<Build> = started.iter().map(client::read).collect::<Result<_, _>>()?;
     let ids: Vec<i64> = builds.iter().map(|build| build.id).collect();
     for build in &builds {

@@ -3,10 +3,12 @@
 //! The line: agent.yaml → all checks side by side, each within `CHECK_LIMIT` → findings. Changes nothing, neither here
 //! nor in the cluster.
 
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use anyhow::Context;
 use clap::Args;
 use futures_util::future::{BoxFuture, FutureExt, join_all};
 use rustix::fs::{Access, access, statvfs};
@@ -59,7 +61,11 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 fn configuration(path: &str, config: &Config) -> Finding {
     let names: Vec<&str> = config.environments.iter().map(|environment| environment.name.as_str()).collect();
     match names.as_slice() {
-        [] => Finding::fail("agent.yaml", format!("{path} names no environment"), "add one under `environments:`; the README has an example"),
+        [] => Finding::fail(
+            "agent.yaml",
+            format!("{path} names no environment"),
+            "add one under `environments:`; the README has an example",
+        ),
         names => Finding::ok("agent.yaml", format!("{path}, environments: {}", names.join(", "))),
     }
 }
@@ -73,7 +79,7 @@ async fn look(config: &Config, path: &str) -> Vec<Finding> {
     ];
     for environment in &config.environments {
         checks.push(async { vec![check_secrets(environment)] }.boxed());
-        checks.push(limited_for(environment, "clone", check_clone(config, environment)).boxed());
+        checks.push(limited_for(environment, "clone", check_clone(environment)).boxed());
         checks.push(limited_for(environment, "registry", doctor_registry::check(config, environment)).boxed());
         checks.push(doctor_cluster::check(environment).boxed());
     }
@@ -103,7 +109,11 @@ async fn check_agent(config: &Config, path: &str) -> Vec<Finding> {
     let asked = async { reqwest::Client::builder().no_proxy().build()?.get(format!("http://{address}/readyz")).send().await };
     vec![match asked.await {
         Ok(answer) if answer.status().is_success() => Finding::ok("agent", format!("running, {}", config.base_url())),
-        Ok(answer) => Finding::warn("agent", format!("something answers {} at {address}", answer.status()), "see its log, or choose another `listen`"),
+        Ok(answer) => Finding::warn(
+            "agent",
+            format!("something answers {} at {address}", answer.status()),
+            "see its log, or choose another `listen`",
+        ),
         Err(_) => Finding::warn("agent", format!("not running: nobody answers at {address}"), fix),
     }]
 }
@@ -133,7 +143,9 @@ fn check_disk(data_dir: &Path) -> Finding {
     let place = nearest(data_dir);
     let free = match statvfs(place) {
         Ok(found) => found.f_bavail.saturating_mul(found.f_frsize),
-        Err(error) => return Finding::warn("disk", format!("cannot see how full {} is: {error}", place.display()), "look with `df`"),
+        Err(error) => {
+            return Finding::warn("disk", format!("cannot see how full {} is: {error}", place.display()), "look with `df`");
+        }
     };
     let says = format!("{:.1} GiB free for {}", bytes_as_gib(free), data_dir.display());
     let fix = "make room, or move `data_dir`: trees, build contexts and logs are kept there";
@@ -187,21 +199,41 @@ fn check_secrets(environment: &Environment) -> Finding {
     Finding::ok(name(environment, "webhook secret"), format!("{count} of at least {least} bytes"))
 }
 
-async fn check_clone(config: &Config, environment: &Environment) -> Vec<Finding> {
+async fn check_clone(environment: &Environment) -> Vec<Finding> {
     let check = name(environment, "clone");
     let (url, branch) = (&environment.clone_url, &environment.branch);
     let head = async {
-        let exe = git_process::own_exe()?;
-        checkout::branch_head(environment, &exe, &config.data_dir.join("mirrors")).await
+        let (exe, folder) = (git_process::own_exe()?, Throwaway::new(environment)?);
+        checkout::branch_head(environment, &exe, &folder.0).await
     };
     vec![match head.await {
         Ok(Some(commit)) => Finding::ok(check, format!("{url}, {branch} is at {}", crate::builds::short(&commit))),
         Ok(None) => Finding::fail(check, format!("{url} has no branch {branch:?}"), "push it, or set `branch`"),
         Err(error) => {
-            let fix = format!("try `git ls-remote {url} {branch}`; a private repository needs `clone_token`, or `ssh_key` and `known_hosts`");
+            let fix = format!(
+                "try `git ls-remote {url} {branch}`; a private repository needs `clone_token`, or `ssh_key` and `known_hosts`"
+            );
             Finding::fail(check, format!("{error:#}"), fix)
         }
     }]
+}
+
+/// A folder for one question to git. Not the agent's own: we may be another user, and would leave it what it cannot use.
+struct Throwaway(PathBuf);
+
+impl Throwaway {
+    fn new(environment: &Environment) -> anyhow::Result<Self> {
+        let name = format!("landfall-doctor-{}-{}", std::process::id(), environment.name);
+        let path = std::env::temp_dir().join(name);
+        std::fs::DirBuilder::new().mode(0o700).create(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Throwaway {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
 }
 
 async fn check_github(config: &Config) -> Vec<Finding> {
@@ -216,9 +248,11 @@ async fn check_github(config: &Config) -> Vec<Finding> {
         let looking = async {
             vec![match github::check(&config.github, repository).await {
                 Ok(()) => Finding::ok("github token", format!("it can see {repository}")),
-                Err(error) => {
-                    Finding::fail("github token", format!("{error:#}"), "make a token that may read the repository and write commit statuses")
-                }
+                Err(error) => Finding::fail(
+                    "github token",
+                    format!("{error:#}"),
+                    "make a token that may read the repository and write commit statuses",
+                ),
             }]
         };
         limited("github token", looking).await

@@ -82,14 +82,17 @@ pub async fn check(environment: &Environment) -> Vec<Finding> {
 
 async fn reach(environment: &Environment) -> Finding {
     let check = name(environment, "cluster");
-    let fix = "is `kubeconfig` (and `context`) the right one, and the cluster up? `kubectl --kubeconfig FILE version` must answer";
+    let fix =
+        "is `kubeconfig` (and `context`) the right one, and the cluster up? `kubectl --kubeconfig FILE version` must answer";
     let cluster = match Cluster::connect(environment).await {
         Ok(cluster) => cluster,
         Err(error) => return Finding::fail(check, format!("{error:#}"), fix),
     };
     match cluster.client.apiserver_version().await {
         Ok(version) => Finding::ok(check, format!("Kubernetes {}", version.git_version)),
-        Err(kube::Error::Api(status)) => Finding::fail(check, format!("it refuses us: {}", status.message), "renew the credentials of the kubeconfig"),
+        Err(kube::Error::Api(status)) => {
+            Finding::fail(check, format!("it refuses us: {}", status.message), "renew the credentials of the kubeconfig")
+        }
         Err(error) => Finding::fail(check, format!("cannot reach it: {}", rooted(&error)), fix),
     }
 }
@@ -112,7 +115,9 @@ async fn check_namespace(cluster: &Cluster, environment: &Environment) -> Findin
             Finding::fail(check, format!("{namespace} is being deleted"), "wait until it is gone, then make it anew")
         }
         Ok(Some(_)) => Finding::ok(check, namespace.clone()),
-        Ok(None) if environment.create_namespace => Finding::ok(check, format!("{namespace} is not there yet; the first release makes it")),
+        Ok(None) if environment.create_namespace => {
+            Finding::ok(check, format!("{namespace} is not there yet; the first release makes it"))
+        }
         Ok(None) => {
             let fix = format!("kubectl create namespace {namespace}; or set `create_namespace: true`");
             Finding::fail(check, format!("{namespace} is not there"), fix)
@@ -141,7 +146,9 @@ async fn check_rights(cluster: &Cluster, environment: &Environment) -> Vec<Findi
         match answer {
             Ok(true) => {}
             Ok(false) => drop(denied.insert(right)),
-            Err(error) => return vec![Finding::fail(check, format!("cannot ask what the agent may do: {}", rooted(&error)), "ask again")],
+            Err(error) => {
+                return vec![Finding::fail(check, format!("cannot ask what the agent may do: {}", rooted(&error)), "ask again")];
+            }
         }
     }
     let mut findings = vec![match denied.is_empty() {
@@ -214,7 +221,8 @@ fn by_verbs(denied: &BTreeSet<Right>) -> BTreeMap<String, Vec<&str>> {
 }
 
 fn says(denied: &BTreeSet<Right>) -> String {
-    let mut shown: Vec<String> = denied.iter().take(SHOWN_MAX).map(|right| format!("{} {}", right.verb, right.resource)).collect();
+    let mut shown: Vec<String> =
+        denied.iter().take(SHOWN_MAX).map(|right| format!("{} {}", right.verb, right.resource)).collect();
     if denied.len() > SHOWN_MAX {
         shown.push(format!("and {} more", denied.len() - SHOWN_MAX));
     }
@@ -256,10 +264,15 @@ mod tests {
 
     #[test]
     fn the_fix_groups_what_is_missing() {
-        let denied = ["deployments.apps", "statefulsets.apps"].into_iter().flat_map(|resource| {
-            ["create", "patch"].map(|verb| Right { resource: resource.to_owned(), verb })
-        });
+        let denied = ["deployments.apps", "statefulsets.apps"]
+            .into_iter()
+            .flat_map(|resource| ["create", "patch"].map(|verb| Right { resource: resource.to_owned(), verb }));
         let fix = fix("hello", &denied.collect());
-        assert!(fix.starts_with("kubectl -n hello create role landfall-1 --verb=create,patch --resource=deployments.apps,statefulsets.apps\n"), "{fix}");
+        assert!(
+            fix.starts_with(
+                "kubectl -n hello create role landfall-1 --verb=create,patch --resource=deployments.apps,statefulsets.apps\n"
+            ),
+            "{fix}"
+        );
     }
 }

@@ -30,8 +30,12 @@ pub async fn check(config: &Config, environment: &Environment) -> Vec<Finding> {
     let reference = format!("{}/image", environment.image_prefix);
     let host = registry::host(&reference).to_owned();
     let login = match Logins::read(&config.docker, environment).await {
-        Ok(logins) => logins.of(&reference).and_then(|login| Some(Login { username: login.username?, password: login.password? })),
-        Err(error) => return vec![Finding::fail(check, format!("{error:#}"), "mend Docker's config.json, or set `registry` in agent.yaml")],
+        Ok(logins) => {
+            logins.of(&reference).and_then(|login| Some(Login { username: login.username?, password: login.password? }))
+        }
+        Err(error) => {
+            return vec![Finding::fail(check, format!("{error:#}"), "mend Docker's config.json, or set `registry` in agent.yaml")];
+        }
     };
     vec![match ask(&host, &reference, login.as_ref()).await {
         Ok(how) => Finding::ok(check, format!("{host} answers{how}")),
@@ -40,7 +44,8 @@ pub async fn check(config: &Config, environment: &Environment) -> Vec<Finding> {
             Finding::fail(check, format!("cannot reach {host}: {why}"), fix)
         }
         Err(Problem::Login) => {
-            let fix = format!("set `registry: {{ username, password }}` in agent.yaml, or `docker login {host}` as the agent's user");
+            let fix =
+                format!("set `registry: {{ username, password }}` in agent.yaml, or `docker login {host}` as the agent's user");
             let says = match login {
                 Some(login) => format!("{host} refuses the login of {}", login.username),
                 None => format!("{host} wants a login, and there is none"),
@@ -145,7 +150,8 @@ mod tests {
     #[test]
     fn what_a_registry_wants_is_read_as_docker_reads_it() {
         let read = |text: &str| wants(&HeaderMap::from_iter([(WWW_AUTHENTICATE, text.parse().unwrap())]));
-        let bearer = Wants::Bearer { realm: "https://auth.docker.io/token".to_owned(), service: Some("registry, docker.io".to_owned()) };
+        let bearer =
+            Wants::Bearer { realm: "https://auth.docker.io/token".to_owned(), service: Some("registry, docker.io".to_owned()) };
         assert_eq!(read("Bearer realm=\"https://auth.docker.io/token\",service=\"registry, docker.io\""), bearer);
         assert_eq!(read("Basic realm=\"x\""), Wants::Basic);
         assert_eq!(read("Bearer realm=\"cut"), Wants::Unknown);

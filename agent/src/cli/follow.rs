@@ -173,12 +173,7 @@ impl Screen {
             waiting.set_message(format!("{name} waits for its turn"));
             waiting.enable_steady_tick(Duration::from_millis(120));
         }
-        Self {
-            last: 0,
-            stage: None,
-            cleaner: Cleaner::new(terminal::colors()),
-            waiting,
-        }
+        Self { last: 0, stage: None, cleaner: Cleaner::new(terminal::colors()), waiting }
     }
 
     fn line(&mut self, number: i64, stage: Option<Stage>, text: &str) -> anyhow::Result<()> {
@@ -218,7 +213,9 @@ fn say_end(client: &Client, build: &Build) {
         }
     }
     match build.status {
-        Status::Failed | Status::Errored | Status::Canceled => say!("  `landfall rerun {id}` builds it again; {}", client.page(id)),
+        Status::Failed | Status::Errored | Status::Canceled => {
+            say!("  `landfall rerun {id}` builds it again; {}", client.page(id))
+        }
         Status::Superseded => {
             if let Some(newer) = build.superseded_by {
                 say!("  `landfall logs -f {newer}` follows the one that took its place");

@@ -201,11 +201,7 @@ fn begin_log(command: &Command) {
         tracing_subscriber::EnvFilter::new(default)
     });
     let is_colored = io::IsTerminal::is_terminal(&io::stderr()) && !config::no_color();
-    let _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .with_ansi(is_colored)
-        .try_init();
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(is_colored).try_init();
 }
 
 /// Says what went wrong and what to do, and finds its exit code.
@@ -229,7 +225,9 @@ fn report(error: &anyhow::Error) -> ExitCode {
 
 fn hint(problem: &Problem) -> Option<&'static str> {
     match problem {
-        Problem::Away { .. } => Some("start it with `landfall serve`, or name another with --server URL or LANDFALL_SERVER; `landfall doctor` looks further"),
+        Problem::Away { .. } => Some(
+            "start it with `landfall serve`, or name another with --server URL or LANDFALL_SERVER; `landfall doctor` looks further",
+        ),
         Problem::Odd(_) => Some("is something else listening there? Name the agent with --server URL or LANDFALL_SERVER"),
         Problem::Refused { status, .. } if status.as_u16() == 401 => {
             Some("set LANDFALL_TOKEN or LANDFALL_TOKEN_FILE, or name the agent's file with --config agent.yaml")

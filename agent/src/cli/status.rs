@@ -14,7 +14,9 @@ const TITLE_CHARS_MAX: usize = 50;
 
 /// List builds, newest first; or show one with its stages
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  landfall status\n  landfall status 42\n  landfall status --environment hello --status failed --output json")]
+#[command(
+    after_help = "Examples:\n  landfall status\n  landfall status 42\n  landfall status --environment hello --status failed --output json"
+)]
 pub struct Arguments {
     /// Number of a build
     #[arg(value_name = "BUILD", value_parser = super::build_number)]

@@ -83,13 +83,7 @@ enum State {
 
 impl Cleaner {
     pub fn new(colors: bool) -> Self {
-        Self {
-            colors,
-            state: State::Text,
-            escape: String::new(),
-            is_painted: false,
-            is_returned: false,
-        }
+        Self { colors, state: State::Text, escape: String::new(), is_painted: false, is_returned: false }
     }
 
     pub fn clean(&mut self, text: &str) -> String {
@@ -226,9 +220,32 @@ mod tests {
     #[test]
     fn no_other_escape_reaches_a_terminal() {
         for escape in [
-            "\x1b[2J", "\x1b[10;1H", "\x1b[1A", "\x1b[2K", "\x1b[?1049h", "\x1b]0;title\x07", "\x1b]52;c;aGk=\x1b\\", "\x1bP+q\x1b\\", "\x1b]8;;http://x\x1b\\",
-            "\x1bc", "\x1b(0", "\x1b[5m", "\x1b[8m", "\x1b[38;5m", "\x1b[38;2;1;2m", "\x1b[99999m", "\x1b[>1m", "\u{9b}2J", "\u{9d}0;t\u{9c}", "\x07", "\x08", "\x7f", "\0",
-            "\u{202e}", "\u{2066}", "\u{85}",
+            "\x1b[2J",
+            "\x1b[10;1H",
+            "\x1b[1A",
+            "\x1b[2K",
+            "\x1b[?1049h",
+            "\x1b]0;title\x07",
+            "\x1b]52;c;aGk=\x1b\\",
+            "\x1bP+q\x1b\\",
+            "\x1b]8;;http://x\x1b\\",
+            "\x1bc",
+            "\x1b(0",
+            "\x1b[5m",
+            "\x1b[8m",
+            "\x1b[38;5m",
+            "\x1b[38;2;1;2m",
+            "\x1b[99999m",
+            "\x1b[>1m",
+            "\u{9b}2J",
+            "\u{9d}0;t\u{9c}",
+            "\x07",
+            "\x08",
+            "\x7f",
+            "\0",
+            "\u{202e}",
+            "\u{2066}",
+            "\u{85}",
         ] {
             check(&format!("a{escape}b\n"), "ab\n");
         }

@@ -94,9 +94,10 @@ fn look(tree: &Path, environment: Option<&Environment>) -> Vec<Finding> {
 fn read_pipeline(tree: &Path, path: &str) -> Result<Pipeline, Box<Finding>> {
     let fail = |says: String, fix: &str| Box::new(Finding::fail(path, says, fix));
     let bytes = git_tree::read_beneath(tree, path, pipeline::BYTES_MAX as u64).map_err(|error| match error.kind() {
-        std::io::ErrorKind::NotFound => {
-            fail(format!("there is no {path} in {}", tree.display()), "write one: the README has an example, `landfall schema` tells an editor what it may hold")
-        }
+        std::io::ErrorKind::NotFound => fail(
+            format!("there is no {path} in {}", tree.display()),
+            "write one: the README has an example, `landfall schema` tells an editor what it may hold",
+        ),
         _ => fail(format!("cannot read it: {error}"), "it must be a regular file of at most 256 KiB"),
     })?;
     let text = String::from_utf8(bytes).map_err(|_| fail("it is not UTF-8".to_owned(), "save it as UTF-8"))?;
@@ -120,7 +121,11 @@ fn look_at_image(tree: &Path, path: &str, pipeline: &Pipeline) -> Vec<Finding> {
     let image = &pipeline.image;
     let mut findings = Vec::new();
     if !tree.join(&image.context).is_dir() {
-        findings.push(Finding::fail("context", format!("{:?} is no folder of this tree", image.context), format!("set `image.context` in {path}")));
+        findings.push(Finding::fail(
+            "context",
+            format!("{:?} is no folder of this tree", image.context),
+            format!("set `image.context` in {path}"),
+        ));
     }
     let dockerfile = &image.dockerfile;
     let text = match git_tree::read_beneath(tree, dockerfile, DOCKERFILE_BYTES_MAX) {
@@ -170,8 +175,10 @@ fn has_stage(stages: &[Option<String>], target: &str) -> bool {
 
 fn read_manifests(tree: &Path, pipeline: &Pipeline) -> Result<Vec<Manifest>, Box<Finding>> {
     let fail = |says: String, fix: &str| Box::new(Finding::fail("manifests", says, fix));
-    let files = manifest_files::read(tree, &pipeline.deploy.manifests).map_err(|says| fail(says, "set `deploy.manifests` to files and folders of this repository"))?;
-    manifests::read(&files).map_err(|diagnostic| fail(diagnostic.to_string(), "mend it there; `kubectl explain KIND` tells what a kind may hold"))
+    let files = manifest_files::read(tree, &pipeline.deploy.manifests)
+        .map_err(|says| fail(says, "set `deploy.manifests` to files and folders of this repository"))?;
+    manifests::read(&files)
+        .map_err(|diagnostic| fail(diagnostic.to_string(), "mend it there; `kubectl explain KIND` tells what a kind may hold"))
 }
 
 fn names(manifests: &[Manifest]) -> String {
@@ -187,7 +194,8 @@ fn look_at_images(pipeline: &Pipeline, environment: Option<&Environment>, manife
     let name = &pipeline.image.name;
     let prefixed = environment.map(|environment| format!("{}/{name}", environment.image_prefix));
     let image = format!("{}@sha256:{}", prefixed.as_ref().unwrap_or(name), "0".repeat(64));
-    let repositories: Vec<String> = [name.clone()].into_iter().chain(prefixed).chain(pipeline.image.replaces.iter().cloned()).collect();
+    let repositories: Vec<String> =
+        [name.clone()].into_iter().chain(prefixed).chain(pipeline.image.replaces.iter().cloned()).collect();
     let namespace = environment.map_or("default", |environment| &environment.namespace);
     let target = Target { namespace, repositories: &repositories, image: &image, build_id: 1, commit: "", title: "" };
     match (render::render(&target, manifests), environment) {
@@ -202,7 +210,11 @@ fn look_at_images(pipeline: &Pipeline, environment: Option<&Environment>, manife
 
 fn look_at_policy(environment: Option<&Environment>, manifests: &[Manifest]) -> Finding {
     let Some(environment) = environment else {
-        return Finding::warn("policy", "not checked: what is allowed stands in agent.yaml", "give --config agent.yaml --environment NAME");
+        return Finding::warn(
+            "policy",
+            "not checked: what is allowed stands in agent.yaml",
+            "give --config agent.yaml --environment NAME",
+        );
     };
     match policy::check(environment, manifests) {
         Ok(()) => Finding::ok("policy", format!("environment {} allows all of it", environment.name)),
@@ -221,13 +233,23 @@ fn look_at_smoke_tests(pipeline: &Pipeline, environment: Option<&Environment>, m
             let host = url::Url::parse(url).ok().and_then(|url| url.host_str().map(str::to_owned));
             let allowed = &environment?.smoke_test_hosts;
             let is_allowed = host.is_some_and(|host| allowed.contains(&host));
-            (!is_allowed).then(|| Finding::fail("smoke test", format!("{url} is on no host of `smoke_test_hosts`"), "ask the operator, or use `get` and `service`"))
+            (!is_allowed).then(|| {
+                Finding::fail(
+                    "smoke test",
+                    format!("{url} is on no host of `smoke_test_hosts`"),
+                    "ask the operator, or use `get` and `service`",
+                )
+            })
         }
         _ => None,
     };
     let findings: Vec<Finding> = pipeline.smoke_test.iter().filter_map(look_at_one).collect();
     match (pipeline.smoke_test.as_slice(), findings.as_slice()) {
-        ([], _) => vec![Finding::warn("smoke test", "there is none: nobody asks the new pods whether they work", "add `smoke_test` with `get` and `service`")],
+        ([], _) => vec![Finding::warn(
+            "smoke test",
+            "there is none: nobody asks the new pods whether they work",
+            "add `smoke_test` with `get` and `service`",
+        )],
         (tests, []) => vec![Finding::ok("smoke test", format!("{} in all", tests.len()))],
         _ => findings,
     }
@@ -239,7 +261,9 @@ mod tests {
 
     #[test]
     fn stages_are_found_however_they_are_written() {
-        let stages = stages("ARG X\nFROM a AS Base\n# FROM no AS comment\nfrom --platform=linux/amd64 b\nRUN echo FROM x AS y\nFROM Base as test\n");
+        let stages = stages(
+            "ARG X\nFROM a AS Base\n# FROM no AS comment\nfrom --platform=linux/amd64 b\nRUN echo FROM x AS y\nFROM Base as test\n",
+        );
         assert_eq!(stages, [Some("base".to_owned()), None, Some("test".to_owned())]);
         assert!(has_stage(&stages, "TEST") && has_stage(&stages, "1"));
         assert!(!has_stage(&stages, "3") && !has_stage(&stages, "y"));

@@ -16,6 +16,8 @@ use crate::builds::Cause;
 
 /// A container that died once and runs again must run for so long before the rollout counts as complete.
 const CALM_MIN: Duration = Duration::from_secs(20);
+/// Without a readiness probe a program is ready the moment it starts, also one that is about to die: it must live so long.
+const UNPROBED_MIN: Duration = Duration::from_secs(3);
 /// A sign that was not seen for so long is a new one when it comes again (pulling is tried in turns).
 const SIGN_GONE: Duration = Duration::from_secs(15);
 /// Clocks of two API servers, and seconds cut off.
@@ -38,6 +40,8 @@ pub struct History {
     /// Deaths that were there already when the watch began, by pod and container.
     deaths_before: HashMap<(String, String), i32>,
     deaths: HashMap<(String, String), (i32, Timestamp)>,
+    /// Since when each container has been seen to run.
+    running: HashMap<(String, String), Timestamp>,
     signs: HashMap<(String, String), (Timestamp, Timestamp)>,
     moved: Option<(String, Timestamp)>,
 }
@@ -137,6 +141,11 @@ impl History {
                 .collect();
         }
         for container in &containers {
+            if container.is_running() {
+                self.running.entry(container.key()).or_insert(snapshot.now);
+            } else {
+                self.running.remove(&container.key());
+            }
             let deaths = self.deaths_of(container);
             let seen = self
                 .deaths
@@ -226,6 +235,16 @@ impl History {
                     ));
                 }
             }
+            if target.changed
+                && Running::all(pod)
+                    .iter()
+                    .any(|it| self.has_just_begun(it, snapshot))
+            {
+                return Err(format!(
+                    "pod {} has just begun, and no readiness probe says that it is well",
+                    name(pod)
+                ));
+            }
             // With nothing changed, the probes of last week do not hold it up.
             if target.changed && recent_probe_failure(pod, snapshot, "Liveness").is_some() {
                 return Err(format!(
@@ -235,6 +254,20 @@ impl History {
             }
         }
         Ok(())
+    }
+}
+
+impl History {
+    fn has_just_begun(&self, container: &Running<'_>, snapshot: &Snapshot) -> bool {
+        let is_probed = container
+            .spec
+            .is_none_or(|spec| spec.readiness_probe.is_some() || spec.startup_probe.is_some());
+        if is_probed || container.is_init {
+            return false;
+        }
+        let seen = self.running.get(&container.key()).copied();
+        let began = seen.into_iter().chain(container.running_since()).min();
+        began.is_none_or(|began| since(began, snapshot.now) < UNPROBED_MIN)
     }
 }
 

@@ -515,6 +515,17 @@ impl<'a> Running<'a> {
         ))
     }
 
+    /// Since when it runs, by the node's clock; 1970 where the node does not say.
+    pub fn running_since(&self) -> Option<Timestamp> {
+        let running = self.status.state.as_ref()?.running.as_ref()?;
+        Some(
+            running
+                .started_at
+                .as_ref()
+                .map_or(Timestamp::UNIX_EPOCH, |time| time.0),
+        )
+    }
+
     pub fn is_running(&self) -> bool {
         self.status
             .state

@@ -158,7 +158,6 @@ fn options(
         scope.environment.build_args.clone().into_iter().collect();
     arguments.insert("GIT_COMMIT".to_owned(), checked_out.commit.clone());
     let labels = HashMap::from([
-        (LABEL_BUILD, scope.build.id.to_string()),
         (LABEL_ENVIRONMENT, scope.environment.name.clone()),
         (LABEL_COMMIT, checked_out.commit.clone()),
     ]);

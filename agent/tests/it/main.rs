@@ -6,6 +6,7 @@ mod cli;
 mod context;
 mod deploy;
 mod docker_world;
+mod fake_agent;
 mod fake_github;
 mod git_server;
 mod git_world;
