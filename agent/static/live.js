@@ -28,7 +28,7 @@ let waiting = [];
 let drawTimer = 0;
 let lines = log.querySelectorAll(".line").length;
 
-// Following: the page stays at its end until somebody scrolls up.
+// Following: the page stays at the log's end until somebody scrolls up, and again once they are back there.
 
 let isFollowing = false;
 let lastScroll = scrollY;
@@ -41,15 +41,18 @@ function setFollowing(on) {
 }
 
 function toEnd() {
-  const end = log.getBoundingClientRect().bottom + scrollY - innerHeight + BOTTOM_SLACK_PIXELS;
+  const end = log.getBoundingClientRect().bottom + scrollY - innerHeight + BOTTOM_SLACK_PIXELS / 2;
   if (end > scrollY) scrollTo({ top: end, behavior: "instant" });
   lastScroll = scrollY;
 }
 
 follow.addEventListener("click", () => setFollowing(!isFollowing));
 addEventListener("scroll", () => {
-  if (isFollowing && scrollY < lastScroll - 4) setFollowing(false);
+  const moved = scrollY - lastScroll;
   lastScroll = scrollY;
+  if (isFollowing && moved < -4) setFollowing(false);
+  const isAtEnd = log.getBoundingClientRect().bottom <= innerHeight + BOTTOM_SLACK_PIXELS;
+  if (!isFollowing && moved > 4 && isAtEnd && !follow.hidden) setFollowing(true);
 }, { passive: true });
 
 // Lines.
@@ -142,14 +145,14 @@ async function refreshSummary() {
   isAsking = true;
   do {
     askAgain = false;
-    await refresh(summary, `/builds/${build}?part=summary`);
+    await refresh(`/builds/${build}?part=summary`, "summary");
     showStatus();
   } while (askAgain);
   isAsking = false;
 }
 
 function showStatus() {
-  const head = summary.querySelector(".build-head");
+  const head = document.querySelector("#summary .build-head");
   if (!head) return;
   const { status, word } = head.dataset;
   document.title = document.title.replace(/^[^·]*·/, `${word} ·`);
@@ -185,6 +188,7 @@ function listen() {
   source.addEventListener("stage", (event) => {
     const stage = JSON.parse(event.data);
     say(`${stage.title}: ${stage.status}`);
+    if (stage.status === "running") logState.textContent = `Live: ${stage.title}`;
   });
   source.addEventListener("build", refreshSummary);
   source.addEventListener("end", (event) => {
@@ -201,6 +205,6 @@ function listen() {
 
 if (summary.hasAttribute("data-live")) {
   follow.hidden = false;
-  setFollowing(location.hash === "" && scrollY > 0);
+  setFollowing(false);
   listen();
 }

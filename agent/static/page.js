@@ -36,25 +36,25 @@ function tick() {
 tick();
 setInterval(tick, SECOND);
 
-/** Fetches one part of a page, as the server renders it, and puts it in place. False where that failed. */
-export async function refresh(holder, address) {
+/** Asks for a page, as the server renders it, and puts the parts of it with these ids in place of the old ones. */
+export async function refresh(address, ...ids) {
   let text;
   try {
     const answer = await fetch(address, { headers: { accept: "text/html" } });
-    if (!answer.ok) return false;
+    if (!answer.ok) return;
     text = await answer.text();
   } catch {
-    return false;
+    return;
   }
   // The server has escaped all of it; scripts in it would not run either.
   const fresh = new DOMParser().parseFromString(text, "text/html");
-  if (holder.contains(document.activeElement)) {
-    const href = document.activeElement.getAttribute("href");
-    holder.replaceChildren(...fresh.body.childNodes);
-    [...holder.querySelectorAll("a")].find((a) => a.getAttribute("href") === href)?.focus();
-  } else {
-    holder.replaceChildren(...fresh.body.childNodes);
+  for (const id of ids) {
+    const old = document.getElementById(id);
+    const next = fresh.getElementById(id);
+    if (!old || !next) continue;
+    const focused = old.contains(document.activeElement) ? document.activeElement.getAttribute("href") : null;
+    old.replaceWith(next);
+    if (focused) [...next.querySelectorAll("a")].find((a) => a.getAttribute("href") === focused)?.focus();
   }
   tick();
-  return true;
 }

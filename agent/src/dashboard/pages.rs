@@ -1,6 +1,6 @@
 //! The pages: the list of builds, one build, and what is said where there is nothing.
 //!
-//! The line: `request → store → template → HTML`. With `?part=` only the part that scripts put in place of an old one.
+//! The line: `request → store → template → HTML`. Never anything but text from outside: templates escape it.
 
 use askama::Template;
 use axum::extract::{RawQuery, State};
@@ -15,8 +15,8 @@ use crate::builds::{Millis, Status, now};
 use crate::server::App;
 use crate::store::Filter;
 
-/// What `?part=` may name, and the block of the template that it means.
-const PART: &str = "part";
+/// The query with which scripts ask for what stands above the log.
+const SUMMARY_ONLY: &str = "part=summary";
 
 /// One environment on top of the list.
 struct EnvironmentView {
@@ -36,7 +36,7 @@ struct Choice {
 }
 
 #[derive(Template)]
-#[template(path = "builds.html", blocks = ["live"])]
+#[template(path = "builds.html")]
 struct BuildsPage {
     version: &'static str,
     environments: Vec<EnvironmentView>,
@@ -140,17 +140,24 @@ pub async fn builds(
     State(app): State<App>,
     RawQuery(query): RawQuery,
 ) -> Result<Response, PageError> {
-    let (part, query) = split_part(query.as_deref());
-    let filter = filter::parse(Some(&query)).map_err(PageError::BadQuery)?;
+    let filter = filter::parse(query.as_deref()).map_err(PageError::BadQuery)?;
     let at = now();
     let (builds, next) = filter::page(&app.store, &filter).await?;
+    let environments = environments(&app, at).await?;
+    let builds = builds
+        .iter()
+        .map(|build| {
+            let environment = environments
+                .iter()
+                .find(|environment| environment.name == build.environment);
+            let serving = environment.and_then(|environment| environment.release);
+            BuildView::new(&app.config, build, serving, at)
+        })
+        .collect();
     let page = BuildsPage {
         version: &assets::VERSION,
-        environments: environments(&app, at).await?,
-        builds: builds
-            .iter()
-            .map(|build| BuildView::new(&app.config, build, at))
-            .collect(),
+        environments,
+        builds,
         environment_choices: environment_choices(&app, &filter),
         status_choices: status_choices(filter.status),
         branch: filter.branch.clone().unwrap_or_default(),
@@ -162,11 +169,7 @@ pub async fn builds(
         older: next.map(|next| address(&filter, Some(next))),
         webhook_url: webhook_url(&app),
     };
-    let rendered = match part.as_deref() {
-        Some("live") => page.as_live().render(),
-        _ => page.render(),
-    };
-    Ok(html(StatusCode::OK, rendered))
+    Ok(html(StatusCode::OK, page.render()))
 }
 
 /// `GET /builds/{id}`.
@@ -179,8 +182,8 @@ pub async fn build(
     let build = app.store.build(id).await?.ok_or(PageError::NotFound)?;
     let at = now();
     let stages = app.store.stages(id).await?;
-    let (part, _) = split_part(query.as_deref());
-    let is_part = part.as_deref() == Some("summary");
+    let (_, serving) = app.store.deployed(&build.environment).await?;
+    let is_part = query.as_deref() == Some(SUMMARY_ONLY);
     let log = if is_part {
         LogView {
             sections: Vec::new(),
@@ -197,7 +200,7 @@ pub async fn build(
             .config
             .environment(&build.environment)
             .map(|environment| environment.namespace.clone()),
-        build: BuildView::new(&app.config, &build, at),
+        build: BuildView::new(&app.config, &build, serving, at),
         repository: build.repository,
         log,
     };
@@ -207,20 +210,6 @@ pub async fn build(
         page.render()
     };
     Ok(html(StatusCode::OK, rendered))
-}
-
-/// Takes `part=` out of a query.
-fn split_part(query: Option<&str>) -> (Option<String>, String) {
-    let mut part = None;
-    let mut rest = url::form_urlencoded::Serializer::new(String::new());
-    for (key, value) in url::form_urlencoded::parse(query.unwrap_or_default().as_bytes()) {
-        if key == PART {
-            part = Some(value.into_owned());
-        } else {
-            rest.append_pair(&key, &value);
-        }
-    }
-    (part, rest.finish())
 }
 
 async fn environments(app: &App, at: Millis) -> anyhow::Result<Vec<EnvironmentView>> {
@@ -242,7 +231,7 @@ async fn environments(app: &App, at: Millis) -> anyhow::Result<Vec<EnvironmentVi
             namespace: environment.namespace.clone(),
             commit,
             release,
-            build: build.map(|build| BuildView::new(&app.config, &build, at)),
+            build: build.map(|build| BuildView::new(&app.config, &build, release, at)),
         });
     }
     Ok(views)

@@ -16,6 +16,8 @@ use tower::ServiceExt;
 use crate::build_log::LogLine;
 use crate::builds::{Build, BuildKind, Cause, Outcome, Push, Stage, StageStatus, Status, now};
 use crate::config::Config;
+use crate::pipeline::{FirstRelease, Rollback, Verify};
+use crate::release::Release;
 use crate::server::{self, App};
 use crate::store::{Filter, Store};
 
@@ -298,7 +300,6 @@ async fn what_comes_from_outside_is_only_ever_text() {
         let name: String = url::form_urlencoded::byte_serialize(odd.as_bytes()).collect();
         for path in [
             "/".to_owned(),
-            "/?part=live".to_owned(),
             format!("/?branch={name}&environment={name}"),
             format!("/?branch={name}&limit=1"),
             format!("/builds/{}", build.id),
@@ -1022,4 +1023,49 @@ async fn files_are_kept_by_their_hash() {
     assert_ne!(icon.body, site.get("/favicon.svg").await.body);
     let odd = site.get("/favicon.svg?status=%22%3E%3Cscript%3E").await;
     assert!(!odd.text().contains("script"));
+}
+
+#[tokio::test]
+async fn only_what_serves_now_is_called_live() {
+    let site = Site::new().await;
+    for title in ["first", "second"] {
+        let build = site.start("hello", &push("main", title, "Ada")).await;
+        let release = Release {
+            id: 0,
+            environment: "hello".to_owned(),
+            build_id: build.id,
+            commit: build.commit.clone(),
+            image: "hello@sha256:0".to_owned(),
+            namespace: "hello-ns".to_owned(),
+            objects: Vec::new(),
+            smoke_tests: Vec::new(),
+            verify: Verify::default(),
+            rollback: Rollback::Automatic,
+            first_release: FirstRelease::Leave,
+            set_hash: "0".to_owned(),
+        };
+        let id = site.app.store.plan_release(&build, &release).await.unwrap();
+        site.app
+            .store
+            .release_is_live(&build, &Release { id, ..release })
+            .await
+            .unwrap();
+        let store = &site.app.store;
+        assert!(
+            store
+                .finish(&build, Status::Passed, Outcome::Live, None)
+                .await
+                .unwrap()
+        );
+    }
+    let html = site.page("/").await;
+    assert_eq!(html.matches(">Live<").count(), 1);
+    assert!(html.contains("is live") && html.contains("release 2"));
+    assert!(site.page("/builds/1").await.contains(">Went live<"));
+    assert!(site.page("/builds/2").await.contains(">Live<"));
+    let told = site.get("/api/environments").await.json();
+    assert_eq!(
+        told["environments"][0]["deployed"],
+        json!({"commit": COMMIT, "release": 2})
+    );
 }

@@ -85,6 +85,8 @@ pub struct BuildView {
     pub word: &'static str,
     /// What became of the environment, where that is worth a word.
     pub outcome: Option<&'static str>,
+    /// Its release is what serves now.
+    pub serves: bool,
     pub outcome_name: &'static str,
     pub cause: Option<Cause>,
     /// The stage that runs, or ran last.
@@ -96,14 +98,15 @@ pub struct BuildView {
     pub attempt: i64,
     pub superseded_by: Option<i64>,
     pub queued: Moment,
-    pub started: Option<Moment>,
     pub finished: Option<Moment>,
     pub took: Option<Span>,
     pub is_over: bool,
 }
 
 impl BuildView {
-    pub fn new(config: &Config, build: &Build, now: Millis) -> Self {
+    /// `serving` is the release that is live in the build's environment now.
+    pub fn new(config: &Config, build: &Build, serving: Option<i64>, now: Millis) -> Self {
+        let serves = build.release_id.is_some() && build.release_id == serving;
         let is_over = build.status.is_terminal();
         let kind = match build.kind {
             BuildKind::Push => "Push",
@@ -124,7 +127,8 @@ impl BuildView {
             commit: commit(config, &build.environment, &build.repository, &build.commit),
             status: build.status,
             word: status_word(build),
-            outcome: is_over.then(|| outcome_word(build)).flatten(),
+            outcome: is_over.then(|| outcome_word(build, serves)).flatten(),
+            serves,
             outcome_name: build.outcome.as_str(),
             cause: build.cause.clone(),
             stage: build.stage.map(Stage::title),
@@ -134,11 +138,16 @@ impl BuildView {
             attempt: build.attempt,
             superseded_by: build.superseded_by,
             queued: Moment::new(build.queued_at, now),
-            started: build.started_at.map(|at| Moment::new(at, now)),
             finished: build.finished_at.map(|at| Moment::new(at, now)),
             took: Span::new(build.started_at, build.finished_at, !is_over, now),
             is_over,
         }
+    }
+
+    /// In the list only what serves now is called live: it would be said of every build that passed.
+    pub fn outcome_in_list(&self) -> Option<&'static str> {
+        self.outcome
+            .filter(|_| self.serves || self.outcome_name != Outcome::Live.as_str())
     }
 
     /// The stage in a few words, for the list.
@@ -204,16 +213,17 @@ fn status_word(build: &Build) -> &'static str {
     status_title(build.status)
 }
 
-fn outcome_word(build: &Build) -> Option<&'static str> {
+fn outcome_word(build: &Build, serves: bool) -> Option<&'static str> {
     match build.outcome {
-        Outcome::Live => Some("Live"),
-        Outcome::Unchanged if build.status == Status::Passed => Some("Nothing to change"),
+        Outcome::Live if serves => Some("Live"),
+        Outcome::Live => Some("Went live"),
+        Outcome::Unchanged if build.status == Status::Passed => Some("Unchanged"),
         Outcome::Unchanged => None,
         Outcome::RolledBack => Some("Rolled back"),
         Outcome::RollbackFailed => Some("Rollback failed"),
-        Outcome::LeftFailed => Some("Left as it is"),
+        Outcome::LeftFailed => Some("Left failed"),
         Outcome::Removed => Some("Removed"),
-        Outcome::Unknown => Some("State unknown"),
+        Outcome::Unknown => Some("Unknown"),
     }
 }
 
