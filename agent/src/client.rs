@@ -36,7 +36,9 @@ impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Away { server, why } => write!(f, "cannot reach the agent at {server}: {why}"),
-            Self::Refused { status, why } if why.is_empty() => write!(f, "the agent answers {status}"),
+            Self::Refused { status, why } if why.is_empty() => {
+                write!(f, "the agent answers {status}")
+            }
             Self::Refused { why, .. } => f.write_str(why),
             Self::Odd(why) => write!(f, "this is not the answer of an agent: {why}"),
         }
@@ -83,7 +85,11 @@ pub struct Wanted {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     /// With its newline, where it has one.
-    Line { number: i64, stage: Option<Stage>, text: String },
+    Line {
+        number: i64,
+        stage: Option<Stage>,
+        text: String,
+    },
     /// The build has ended, and so has its log.
     End,
 }
@@ -123,7 +129,10 @@ impl Client {
             ("limit", wanted.limit.map(|limit| limit.to_string())),
             ("before", wanted.before.map(|before| before.to_string())),
         ];
-        let pairs: Vec<_> = pairs.into_iter().filter(|(_, value)| value.is_some()).collect();
+        let pairs: Vec<_> = pairs
+            .into_iter()
+            .filter(|(_, value)| value.is_some())
+            .collect();
         self.json(self.get("/api/builds").query(&pairs)).await
     }
 
@@ -147,11 +156,13 @@ impl Client {
     }
 
     pub async fn rerun(&self, id: i64) -> Result<Value, Problem> {
-        self.json(self.post(&format!("/api/builds/{id}/rerun"))).await
+        self.json(self.post(&format!("/api/builds/{id}/rerun")))
+            .await
     }
 
     pub async fn cancel(&self, id: i64) -> Result<Value, Problem> {
-        self.json(self.post(&format!("/api/builds/{id}/cancel"))).await
+        self.json(self.post(&format!("/api/builds/{id}/cancel")))
+            .await
     }
 
     /// The log as it is now, byte for byte; read it with `piece`.
@@ -170,10 +181,17 @@ impl Client {
 
     /// The log as it grows, from the line behind number `last` on.
     pub async fn live(&self, id: i64, last: i64) -> Result<Live<'_>, Problem> {
-        let request =
-            self.get(&format!("/api/builds/{id}/log/live")).header("accept", "text/event-stream").header("last-event-id", last);
+        let request = self
+            .get(&format!("/api/builds/{id}/log/live"))
+            .header("accept", "text/event-stream")
+            .header("last-event-id", last);
         let response = self.send(request).await?;
-        Ok(Live { client: self, response, parser: Parser::default(), events: std::collections::VecDeque::new() })
+        Ok(Live {
+            client: self,
+            response,
+            parser: Parser::default(),
+            events: std::collections::VecDeque::new(),
+        })
     }
 
     fn get(&self, path: &str) -> RequestBuilder {
@@ -223,7 +241,10 @@ impl Client {
         while let Some(piece) = self.piece(&mut response).await? {
             body.extend_from_slice(&piece);
             if body.len() > BODY_BYTES_MAX {
-                return Err(Problem::Odd(format!("it is larger than {} MiB", BODY_BYTES_MAX >> 20)));
+                return Err(Problem::Odd(format!(
+                    "it is larger than {} MiB",
+                    BODY_BYTES_MAX >> 20
+                )));
             }
         }
         Ok(body)
@@ -251,7 +272,10 @@ pub fn read<T: serde::de::DeserializeOwned>(value: &Value) -> Result<T, Problem>
 }
 
 /// Reads a member of an answer that is a list.
-pub fn read_list<T: serde::de::DeserializeOwned>(value: &Value, member: &str) -> Result<Vec<T>, Problem> {
+pub fn read_list<T: serde::de::DeserializeOwned>(
+    value: &Value,
+    member: &str,
+) -> Result<Vec<T>, Problem> {
     read(value.get(member).unwrap_or(&Value::Null))
 }
 
@@ -303,7 +327,10 @@ impl Parser {
         for part in piece.split_inclusive(|byte| *byte == b'\n') {
             self.line.extend_from_slice(part);
             if self.line.len() + self.data.len() > EVENT_BYTES_MAX {
-                return Err(format!("an event is larger than {} KiB", EVENT_BYTES_MAX >> 10));
+                return Err(format!(
+                    "an event is larger than {} KiB",
+                    EVENT_BYTES_MAX >> 10
+                ));
             }
             if part.ends_with(b"\n") {
                 let line = std::mem::take(&mut self.line);
@@ -321,7 +348,11 @@ impl Parser {
         let (name, value) = line.split_once(':').unwrap_or((line, ""));
         let value = value.strip_prefix(' ').unwrap_or(value);
         match name {
-            "id" => self.number = value.parse().map_err(|_| format!("{value:?} is no line's number"))?,
+            "id" => {
+                self.number = value
+                    .parse()
+                    .map_err(|_| format!("{value:?} is no line's number"))?
+            }
             "event" => value.clone_into(&mut self.name),
             "data" => {
                 if !self.data.is_empty() {
@@ -335,16 +366,24 @@ impl Parser {
     }
 
     fn dispatch(&mut self) -> Result<Option<Event>, String> {
-        let (name, data) = (std::mem::take(&mut self.name), std::mem::take(&mut self.data));
+        let (name, data) = (
+            std::mem::take(&mut self.name),
+            std::mem::take(&mut self.data),
+        );
         match name.as_str() {
             "end" => Ok(Some(Event::End)),
             "" | "message" if !data.is_empty() => {
-                let line: LineData = serde_json::from_str(&data).map_err(|error| error.to_string())?;
+                let line: LineData =
+                    serde_json::from_str(&data).map_err(|error| error.to_string())?;
                 let (number, stage, mut text) = (self.number, line.stage, line.text);
                 if !line.open {
                     text.push('\n');
                 }
-                Ok(Some(Event::Line { number, stage, text }))
+                Ok(Some(Event::Line {
+                    number,
+                    stage,
+                    text,
+                }))
             }
             _ => Ok(None),
         }
@@ -357,17 +396,29 @@ mod tests {
 
     fn line(number: i64, stage: Option<Stage>, text: &str) -> Event {
         let text = text.to_owned();
-        Event::Line { number, stage, text }
+        Event::Line {
+            number,
+            stage,
+            text,
+        }
     }
 
     #[test]
     fn events_are_read_however_they_are_cut() {
         let stream = "retry: 2000\n\n: hello\n\nid: 7\ndata: {\"n\":7,\"stage\":\"test\",\"at\":5,\"text\":\"a\\r\\u001b[1m ü\"}\n\n\
                       event: stage\ndata: {}\n\nid:8\r\ndata: {\"text\":\"plain\",\"open\":true}\r\n\r\nevent: end\ndata: {\"status\":\"passed\"}\n\n";
-        let expected = [line(7, Some(Stage::Test), "a\r\u{1b}[1m ü\n"), line(8, None, "plain"), Event::End];
+        let expected = [
+            line(7, Some(Stage::Test), "a\r\u{1b}[1m ü\n"),
+            line(8, None, "plain"),
+            Event::End,
+        ];
         for size in 1..stream.len() {
             let mut parser = Parser::default();
-            let events: Vec<Event> = stream.as_bytes().chunks(size).flat_map(|piece| parser.push(piece).unwrap()).collect();
+            let events: Vec<Event> = stream
+                .as_bytes()
+                .chunks(size)
+                .flat_map(|piece| parser.push(piece).unwrap())
+                .collect();
             assert_eq!(events, expected, "{size}");
         }
     }

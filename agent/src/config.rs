@@ -657,7 +657,11 @@ mod tests {
     fn the_admin_token_goes_to_this_machine_only() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(AGENT_YAML);
-        std::fs::write(&path, format!("listen: 0.0.0.0:9000\nread_access: token\n{ENVIRONMENT}")).unwrap();
+        std::fs::write(
+            &path,
+            format!("listen: 0.0.0.0:9000\nread_access: token\n{ENVIRONMENT}"),
+        )
+        .unwrap();
         std::fs::create_dir(folder.path().join("data")).unwrap();
         std::fs::write(folder.path().join("data/admin-token"), "admin\n").unwrap();
         let find = |server: Option<&str>, variables: &[(&str, &str)]| {
@@ -666,13 +670,22 @@ mod tests {
                 found.map(|(_, value)| (*value).to_owned())
             };
             let access = Access::find_with(server, Some(&path), &variable).unwrap();
-            (access.server, access.token.map(|token| token.expose().to_owned()))
+            (
+                access.server,
+                access.token.map(|token| token.expose().to_owned()),
+            )
         };
         let own = ("http://127.0.0.1:9000".to_owned(), Some("admin".to_owned()));
         assert_eq!(find(None, &[]), own);
         let away = [("LANDFALL_SERVER", "https://ci.example.org/")];
-        assert_eq!(find(None, &away), ("https://ci.example.org".to_owned(), None));
-        assert_eq!(find(Some("http://localhost:1"), &away).1.as_deref(), Some("admin"));
+        assert_eq!(
+            find(None, &away),
+            ("https://ci.example.org".to_owned(), None)
+        );
+        assert_eq!(
+            find(Some("http://localhost:1"), &away).1.as_deref(),
+            Some("admin")
+        );
         let given = [away[0], ("LANDFALL_TOKEN", "mine")];
         assert_eq!(find(None, &given).1.as_deref(), Some("mine"));
     }

@@ -102,7 +102,10 @@ impl Whom {
 
     fn of(problem: &str) -> Self {
         let word = problem.split_once(": ").map_or("", |(word, _)| word);
-        Self::ALL.into_iter().find(|whom| whom.as_str() == word).unwrap_or(Self::Commit)
+        Self::ALL
+            .into_iter()
+            .find(|whom| whom.as_str() == word)
+            .unwrap_or(Self::Commit)
     }
 }
 
@@ -118,7 +121,14 @@ pub async fn run(config: Arc<Config>, store: Store, shutdown: CancellationToken)
     };
     let mut changed = store.watch();
     let masker = Masker::new([token.expose()]);
-    let mut teller = Teller { base_url: config.base_url(), store, octocrab, masker, from: 0, pace: Pace::new() };
+    let mut teller = Teller {
+        base_url: config.base_url(),
+        store,
+        octocrab,
+        masker,
+        from: 0,
+        pace: Pace::new(),
+    };
     loop {
         changed.mark_unchanged();
         let pass = tokio::select! {
@@ -144,8 +154,12 @@ pub async fn run(config: Arc<Config>, store: Store, shutdown: CancellationToken)
 pub async fn check(github: &Github, repository: &str) -> anyhow::Result<()> {
     let token = github.token.as_ref().context("there is no token")?;
     let octocrab = connect(github, token)?;
-    let path = repository_path(repository).with_context(|| format!("{repository:?} is not like owner/name"))?;
-    let answer = octocrab._get(path).await.map_err(|error| anyhow::anyhow!("cannot reach GitHub: {}", rooted(&error)))?;
+    let path = repository_path(repository)
+        .with_context(|| format!("{repository:?} is not like owner/name"))?;
+    let answer = octocrab
+        ._get(path)
+        .await
+        .map_err(|error| anyhow::anyhow!("cannot reach GitHub: {}", rooted(&error)))?;
     match answer.status().as_u16() {
         200 => Ok(()),
         401 => anyhow::bail!("GitHub does not know this token: it has expired or was revoked"),
@@ -203,7 +217,9 @@ impl Waiting {
     }
 
     fn holds(&self, build: &Build) -> bool {
-        self.everyone || self.repositories.contains(&build.repository) || self.commits.contains(&commit_of(build))
+        self.everyone
+            || self.repositories.contains(&build.repository)
+            || self.commits.contains(&commit_of(build))
     }
 }
 
@@ -221,7 +237,10 @@ impl Teller {
         let mut next_at = Millis::MAX;
         for one in open.iter().filter(|one| one.next_at > at) {
             next_at = next_at.min(one.next_at);
-            waiting.add(Whom::of(one.problem.as_deref().unwrap_or_default()), &one.build);
+            waiting.add(
+                Whom::of(one.problem.as_deref().unwrap_or_default()),
+                &one.build,
+            );
         }
         for one in &open {
             if waiting.holds(&one.build) {
@@ -251,7 +270,9 @@ impl Teller {
                 }
             }
         }
-        Ok(Duration::from_millis(u64::try_from(next_at.saturating_sub(now())).unwrap_or(0)))
+        Ok(Duration::from_millis(
+            u64::try_from(next_at.saturating_sub(now())).unwrap_or(0),
+        ))
     }
 
     async fn next(&self, one: &Untold) -> anyhow::Result<Next> {
@@ -273,9 +294,16 @@ impl Teller {
         self.pace.wait().await;
         let route = format!("{path}/statuses/{}", build.commit);
         let sent = async {
-            let answer = self.octocrab._post(route, Some(&status)).await.map_err(|error| rooted(&error))?;
+            let answer = self
+                .octocrab
+                ._post(route, Some(&status))
+                .await
+                .map_err(|error| rooted(&error))?;
             let (parts, body) = answer.into_parts();
-            let body = Limited::new(body, ANSWER_BYTES_MAX).collect().await.map_err(|error| error.to_string())?;
+            let body = Limited::new(body, ANSWER_BYTES_MAX)
+                .collect()
+                .await
+                .map_err(|error| error.to_string())?;
             Ok((parts.status.as_u16(), parts.headers, body.to_bytes()))
         };
         let answer = tokio::time::timeout(REQUEST_TIMEOUT, sent)
@@ -286,7 +314,12 @@ impl Teller {
                 let message = self.masker.mask_text(&message(&body));
                 judge(code, &headers, &message, one.tries, now())
             }
-            Err(problem) => later(Whom::Everyone, one.tries, now(), self.masker.mask_text(&problem)),
+            Err(problem) => later(
+                Whom::Everyone,
+                one.tries,
+                now(),
+                self.masker.mask_text(&problem),
+            ),
         }
     }
 }
@@ -320,7 +353,10 @@ fn next(build: &Build, is_pending: bool, siblings: Siblings, at: Millis) -> Next
 }
 
 fn passed(build: &Build) -> String {
-    let took = build.finished_at.zip(build.started_at).map_or(0, |(end, begin)| end - begin);
+    let took = build
+        .finished_at
+        .zip(build.started_at)
+        .map_or(0, |(end, begin)| end - begin);
     let what = match build.outcome {
         Outcome::Unchanged => "nothing to change",
         _ => "live",
@@ -352,7 +388,9 @@ fn not_built(build: &Build) -> String {
 fn shorten(text: &str) -> String {
     let mut chars = text.split_whitespace().collect::<Vec<_>>().join(" ");
     chars.retain(|c| !c.is_control());
-    let mut plain = chars.chars().map(|c| if c > '\u{ffff}' { '\u{fffd}' } else { c });
+    let mut plain = chars
+        .chars()
+        .map(|c| if c > '\u{ffff}' { '\u{fffd}' } else { c });
     let mut short: String = plain.by_ref().take(DESCRIPTION_CHARS_MAX).collect();
     if plain.next().is_some() {
         short.pop();
@@ -364,9 +402,20 @@ fn shorten(text: &str) -> String {
 /// What GitHub says of a refusal, bounded.
 fn message(body: &[u8]) -> String {
     let value: serde_json::Value = serde_json::from_slice(body).unwrap_or_default();
-    let text = value.get("message").and_then(serde_json::Value::as_str).unwrap_or_default();
-    let details = value.get("errors").map(ToString::to_string).unwrap_or_default();
-    format!("{text} {details}").trim().chars().filter(|c| !c.is_control()).take(300).collect()
+    let text = value
+        .get("message")
+        .and_then(serde_json::Value::as_str)
+        .unwrap_or_default();
+    let details = value
+        .get("errors")
+        .map(ToString::to_string)
+        .unwrap_or_default();
+    format!("{text} {details}")
+        .trim()
+        .chars()
+        .filter(|c| !c.is_control())
+        .take(300)
+        .collect()
 }
 
 fn judge(code: u16, headers: &HeaderMap, message: &str, tries: i64, at: Millis) -> Sent {
@@ -380,7 +429,11 @@ fn judge(code: u16, headers: &HeaderMap, message: &str, tries: i64, at: Millis) 
         201 => Sent::Told,
         _ if is_limit => {
             let wait = limit(headers, at).max(backoff(tries));
-            Sent::Later { whom: Whom::Everyone, at: at + millis(wait), problem }
+            Sent::Later {
+                whom: Whom::Everyone,
+                at: at + millis(wait),
+                problem,
+            }
         }
         401 | 408 | 500.. => later(Whom::Everyone, tries, at, problem),
         // Renamed, gone, or not the token's to write to: the operator can mend it.
@@ -392,7 +445,11 @@ fn judge(code: u16, headers: &HeaderMap, message: &str, tries: i64, at: Millis) 
 }
 
 fn later(whom: Whom, tries: i64, at: Millis, problem: String) -> Sent {
-    Sent::Later { whom, at: at + millis(backoff(tries)), problem }
+    Sent::Later {
+        whom,
+        at: at + millis(backoff(tries)),
+        problem,
+    }
 }
 
 /// How long GitHub asks us to be silent.
@@ -403,7 +460,9 @@ fn limit(headers: &HeaderMap, at: Millis) -> Duration {
         // A second more: both clocks are cut off to seconds.
         Some(reset.saturating_sub(u64::try_from(at / 1000).unwrap_or(0)) + 1)
     });
-    named.map_or(LIMIT_UNNAMED, Duration::from_secs).min(LIMIT_MAX)
+    named
+        .map_or(LIMIT_UNNAMED, Duration::from_secs)
+        .min(LIMIT_MAX)
 }
 
 fn number(headers: &HeaderMap, name: &str) -> Option<u64> {
@@ -413,7 +472,9 @@ fn number(headers: &HeaderMap, name: &str) -> Option<u64> {
 /// Doubled with each try up to the limit; between the half and the whole of it, so that agents do not come in step.
 fn backoff(tries: i64) -> Duration {
     let exponent = u32::try_from(tries.clamp(0, 16)).unwrap_or(0);
-    let whole = BACKOFF_FIRST.saturating_mul(2u32.saturating_pow(exponent)).min(BACKOFF_MAX);
+    let whole = BACKOFF_FIRST
+        .saturating_mul(2u32.saturating_pow(exponent))
+        .min(BACKOFF_MAX);
     let random = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), tries);
     let share = 500 + u32::try_from(random % 500).unwrap_or(0);
     whole * share / 1000
@@ -439,7 +500,9 @@ struct Pace {
 
 impl Pace {
     fn new() -> Self {
-        Self { full_at: Instant::now() }
+        Self {
+            full_at: Instant::now(),
+        }
     }
 
     async fn wait(&mut self) {

@@ -40,7 +40,15 @@ fn said(build: &Build, is_pending: bool, siblings: Siblings) -> Option<String> {
 }
 
 fn headers(pairs: &[(&'static str, &str)]) -> HeaderMap {
-    pairs.iter().map(|(name, value)| (hyper::header::HeaderName::from_static(name), value.parse().unwrap())).collect()
+    pairs
+        .iter()
+        .map(|(name, value)| {
+            (
+                hyper::header::HeaderName::from_static(name),
+                value.parse().unwrap(),
+            )
+        })
+        .collect()
 }
 
 #[test]
@@ -48,20 +56,32 @@ fn every_status_has_its_word() {
     let alone = Siblings::default();
     let word = |status| said(&build(status), false, alone).unwrap();
     assert_eq!(word(Status::Queued), "pending: in progress");
-    assert_eq!(word(Status::Passed), "success: nothing to change, after 42.0 s");
+    assert_eq!(
+        word(Status::Passed),
+        "success: nothing to change, after 42.0 s"
+    );
     assert_eq!(word(Status::Failed), "failure: failed");
     assert_eq!(word(Status::Canceled), "failure: canceled");
     assert_eq!(word(Status::Errored), "error: errored");
     assert_eq!(word(Status::Skipped), "success: not built: skipped");
     let mut superseded = build(Status::Superseded);
     superseded.superseded_by = Some(43);
-    assert_eq!(said(&superseded, true, alone).unwrap(), "success: not built: superseded by build #43");
+    assert_eq!(
+        said(&superseded, true, alone).unwrap(),
+        "success: not built: superseded by build #43"
+    );
 }
 
 #[test]
 fn a_commit_that_was_judged_never_turns_green_by_being_skipped() {
-    let judged = Siblings { finished: 1, ..Siblings::default() };
-    let live = Siblings { live: 1, ..Siblings::default() };
+    let judged = Siblings {
+        finished: 1,
+        ..Siblings::default()
+    };
+    let live = Siblings {
+        live: 1,
+        ..Siblings::default()
+    };
     for status in [Status::Skipped, Status::Superseded] {
         for siblings in [judged, live] {
             assert_eq!(said(&build(status), true, siblings).unwrap(), "silence");
@@ -71,8 +91,15 @@ fn a_commit_that_was_judged_never_turns_green_by_being_skipped() {
 
 #[test]
 fn pending_is_said_once_and_never_over_a_final_state() {
-    let shown = Siblings { shown: 1, finished: 1, live: 0 };
-    assert_eq!(said(&build(Status::Running), true, Siblings::default()), None);
+    let shown = Siblings {
+        shown: 1,
+        finished: 1,
+        live: 0,
+    };
+    assert_eq!(
+        said(&build(Status::Running), true, Siblings::default()),
+        None
+    );
     assert_eq!(said(&build(Status::Running), false, shown), None);
     assert!(said(&build(Status::Failed), true, shown).is_some());
 }
@@ -83,7 +110,10 @@ fn a_build_waits_until_its_commit_is_known() {
     manual.commit = String::new();
     assert_eq!(said(&manual, false, Siblings::default()), None);
     manual.status = Status::Errored;
-    assert_eq!(said(&manual, false, Siblings::default()).unwrap(), "silence");
+    assert_eq!(
+        said(&manual, false, Siblings::default()).unwrap(),
+        "silence"
+    );
 }
 
 #[test]
@@ -92,26 +122,56 @@ fn a_description_has_one_line_of_140_characters_that_github_takes() {
     failed.outcome = Outcome::RolledBack;
     let sentence = format!("tests\n\tfailed \u{1b}[31m 🚀 {}", "ü".repeat(300));
     failed.cause = Some(Cause::new("tests_failed", sentence));
-    let Next::Say(word) = next(&failed, false, Siblings::default(), 0) else { panic!("nothing is said") };
+    let Next::Say(word) = next(&failed, false, Siblings::default(), 0) else {
+        panic!("nothing is said")
+    };
     assert_eq!(word.description.chars().count(), DESCRIPTION_CHARS_MAX);
-    assert!(word.description.starts_with("rolled back: tests failed [31m \u{fffd} üü"), "{}", word.description);
+    assert!(
+        word.description
+            .starts_with("rolled back: tests failed [31m \u{fffd} üü"),
+        "{}",
+        word.description
+    );
     assert!(word.description.ends_with("ü…"));
-    assert!(word.description.chars().all(|c| c <= '\u{ffff}' && !c.is_control()));
+    assert!(
+        word.description
+            .chars()
+            .all(|c| c <= '\u{ffff}' && !c.is_control())
+    );
     assert_eq!(shorten(&"x".repeat(140)), "x".repeat(140));
 }
 
 #[test]
 fn limits_are_kept_to_the_second() {
-    let until = |code, pairs: &[(&'static str, &str)], message: &str| match judge(code, &headers(pairs), message, 0, 1_000_000) {
-        Sent::Later { whom: Whom::Everyone, at, .. } => at,
+    let until = |code, pairs: &[(&'static str, &str)], message: &str| match judge(
+        code,
+        &headers(pairs),
+        message,
+        0,
+        1_000_000,
+    ) {
+        Sent::Later {
+            whom: Whom::Everyone,
+            at,
+            ..
+        } => at,
         other => panic!("{other:?}"),
     };
     assert_eq!(until(403, &[("retry-after", "30")], ""), 1_030_000);
     assert_eq!(until(429, &[("retry-after", "7")], ""), 1_007_000);
-    let used_up = [("x-ratelimit-remaining", "0"), ("x-ratelimit-reset", "1100")];
+    let used_up = [
+        ("x-ratelimit-remaining", "0"),
+        ("x-ratelimit-reset", "1100"),
+    ];
     assert_eq!(until(403, &used_up, ""), 1_101_000);
-    assert_eq!(until(403, &[], "You have exceeded a secondary rate limit"), 1_060_000);
-    assert_eq!(until(429, &[("retry-after", "99999999999")], ""), 1_000_000 + millis(LIMIT_MAX));
+    assert_eq!(
+        until(403, &[], "You have exceeded a secondary rate limit"),
+        1_060_000
+    );
+    assert_eq!(
+        until(429, &[("retry-after", "99999999999")], ""),
+        1_000_000 + millis(LIMIT_MAX)
+    );
 }
 
 #[test]
@@ -145,7 +205,10 @@ fn backoff_grows_to_its_limit_and_no_further() {
 
 #[test]
 fn names_cannot_leave_their_place_in_the_address() {
-    assert_eq!(repository_path("acme/he llo?x").unwrap(), "/repos/acme/he%20llo%3Fx");
+    assert_eq!(
+        repository_path("acme/he llo?x").unwrap(),
+        "/repos/acme/he%20llo%3Fx"
+    );
     for odd in ["", "acme", "/x", "a/", "a/b/c"] {
         assert!(repository_path(odd).is_none(), "{odd}");
     }

@@ -6,13 +6,20 @@ use clap::Parser;
 use landfall::{cli, git_child, git_process};
 
 fn main() -> ExitCode {
-    if std::env::args_os().nth(1).is_some_and(|word| word == git_process::SUBCOMMAND) {
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|word| word == git_process::SUBCOMMAND)
+    {
         return git_child::main_in_child();
     }
     // Before any TLS: two crates of ours would each choose one, and rustls refuses to guess.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let cli = cli::Cli::parse();
-    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+    {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("landfall: cannot start: {error}");

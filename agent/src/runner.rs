@@ -120,8 +120,7 @@ async fn name_commit(
     if build.commit.is_empty() {
         let mirrors = mirrors(agent);
         make_private_dir(&mirrors)?;
-        build.commit =
-            checkout::resolve(environment, &agent.exe, &mirrors, &build.branch).await?;
+        build.commit = checkout::resolve(environment, &agent.exe, &mirrors, &build.branch).await?;
         agent.store.describe(build, &build.commit, "").await?;
     }
     Ok(())

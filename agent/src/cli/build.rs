@@ -46,27 +46,43 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 }
 
 /// Where it is to be built; and the commit, unless it is the branch's head.
-async fn choose(client: &Client, arguments: &Arguments, mut places: Vec<Place>) -> anyhow::Result<(Vec<Place>, Option<String>)> {
+async fn choose(
+    client: &Client,
+    arguments: &Arguments,
+    mut places: Vec<Place>,
+) -> anyhow::Result<(Vec<Place>, Option<String>)> {
     let (what, all) = (&arguments.what, names(&places));
     if let Some(name) = &arguments.environment {
         places.retain(|place| place.name == *name);
-        ensure!(!places.is_empty(), "the agent has no environment {name:?}; it has {all}");
+        ensure!(
+            !places.is_empty(),
+            "the agent has no environment {name:?}; it has {all}"
+        );
     }
     if places.iter().any(|place| place.branch == *what) {
         places.retain(|place| place.branch == *what);
         return Ok((places, None));
     }
-    let is_digits = (DIGITS_MIN..=40).contains(&what.len()) && what.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let is_digits = (DIGITS_MIN..=40).contains(&what.len())
+        && what.bytes().all(|byte| byte.is_ascii_hexdigit());
     if !is_digits {
-        bail!("{what:?} is no branch of an environment, and not {DIGITS_MIN} to 40 digits of a commit; the agent has {all}");
+        bail!(
+            "{what:?} is no branch of an environment, and not {DIGITS_MIN} to 40 digits of a commit; the agent has {all}"
+        );
     }
     let commit = whole(client, &what.to_ascii_lowercase()).await?;
-    ensure!(places.len() == 1, "say where, with --environment: the agent has {all}");
+    ensure!(
+        places.len() == 1,
+        "say where, with --environment: the agent has {all}"
+    );
     Ok((places, Some(commit)))
 }
 
 fn names(places: &[Place]) -> String {
-    let names: Vec<String> = places.iter().map(|place| format!("{} (branch {})", place.name, place.branch)).collect();
+    let names: Vec<String> = places
+        .iter()
+        .map(|place| format!("{} (branch {})", place.name, place.branch))
+        .collect();
     match names.as_slice() {
         [] => "none".to_owned(),
         names => names.join(", "),
@@ -78,10 +94,16 @@ async fn whole(client: &Client, digits: &str) -> anyhow::Result<String> {
     if is_commit_id(digits) {
         return Ok(digits.to_owned());
     }
-    let wanted = Wanted { limit: Some(200), ..Wanted::default() };
+    let wanted = Wanted {
+        limit: Some(200),
+        ..Wanted::default()
+    };
     let builds: Vec<Build> = client::read_list(&client.builds(&wanted).await?, "builds")?;
-    let mut commits: Vec<String> =
-        builds.into_iter().map(|build| build.commit).filter(|commit| commit.starts_with(digits)).collect();
+    let mut commits: Vec<String> = builds
+        .into_iter()
+        .map(|build| build.commit)
+        .filter(|commit| commit.starts_with(digits))
+        .collect();
     commits.sort_unstable();
     commits.dedup();
     match commits.as_slice() {
@@ -89,7 +111,10 @@ async fn whole(client: &Client, digits: &str) -> anyhow::Result<String> {
         [] => bail!(
             "no commit that was built of late begins with {digits}: give all 40 digits (`git rev-parse {digits}` prints them)"
         ),
-        several => bail!("{} commits begin with {digits}: give more digits", several.len()),
+        several => bail!(
+            "{} commits begin with {digits}: give more digits",
+            several.len()
+        ),
     }
 }
 

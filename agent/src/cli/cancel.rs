@@ -34,7 +34,10 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let build: Build = client::read(&answer)?;
     match build.status {
         Status::Running | Status::Queued => {
-            say!("build #{0} will end at its next safe point: `landfall logs -f {0}` shows when", build.id);
+            say!(
+                "build #{0} will end at its next safe point: `landfall logs -f {0}` shows when",
+                build.id
+            );
         }
         status => say!("build #{} is {status}", build.id),
     }

@@ -44,7 +44,11 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         Ok(config) => {
             let mut findings = vec![configuration(&path, &config)];
             findings.extend(look(&config, &path).await);
-            let code = if findings::any_failed(&findings) { exit::UNREACHABLE } else { 0 };
+            let code = if findings::any_failed(&findings) {
+                exit::UNREACHABLE
+            } else {
+                0
+            };
             (findings, code)
         }
         Err(error) => {
@@ -59,28 +63,48 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 }
 
 fn configuration(path: &str, config: &Config) -> Finding {
-    let names: Vec<&str> = config.environments.iter().map(|environment| environment.name.as_str()).collect();
+    let names: Vec<&str> = config
+        .environments
+        .iter()
+        .map(|environment| environment.name.as_str())
+        .collect();
     match names.as_slice() {
         [] => Finding::fail(
             "agent.yaml",
             format!("{path} names no environment"),
             "add one under `environments:`; the README has an example",
         ),
-        names => Finding::ok("agent.yaml", format!("{path}, environments: {}", names.join(", "))),
+        names => Finding::ok(
+            "agent.yaml",
+            format!("{path}, environments: {}", names.join(", ")),
+        ),
     }
 }
 
 async fn look(config: &Config, path: &str) -> Vec<Finding> {
     let mut checks: Vec<BoxFuture<'_, Vec<Finding>>> = vec![
         limited("agent", check_agent(config, path)).boxed(),
-        async { vec![check_data_dir(&config.data_dir), check_disk(&config.data_dir)] }.boxed(),
+        async {
+            vec![
+                check_data_dir(&config.data_dir),
+                check_disk(&config.data_dir),
+            ]
+        }
+        .boxed(),
         limited("docker", check_docker(&config.docker)).boxed(),
         check_github(config).boxed(),
     ];
     for environment in &config.environments {
         checks.push(async { vec![check_secrets(environment)] }.boxed());
         checks.push(limited_for(environment, "clone", check_clone(environment)).boxed());
-        checks.push(limited_for(environment, "registry", doctor_registry::check(config, environment)).boxed());
+        checks.push(
+            limited_for(
+                environment,
+                "registry",
+                doctor_registry::check(config, environment),
+            )
+            .boxed(),
+        );
         checks.push(doctor_cluster::check(environment).boxed());
     }
     join_all(checks).await.into_iter().flatten().collect()
@@ -88,13 +112,23 @@ async fn look(config: &Config, path: &str) -> Vec<Finding> {
 
 /// A check that takes too long fails.
 pub async fn limited(check: &str, looking: impl Future<Output = Vec<Finding>>) -> Vec<Finding> {
-    tokio::time::timeout(CHECK_LIMIT, looking).await.unwrap_or_else(|_| {
-        let says = format!("no answer within {} s", CHECK_LIMIT.as_secs());
-        vec![Finding::fail(check, says, "is it up, and does the network let us through?")]
-    })
+    tokio::time::timeout(CHECK_LIMIT, looking)
+        .await
+        .unwrap_or_else(|_| {
+            let says = format!("no answer within {} s", CHECK_LIMIT.as_secs());
+            vec![Finding::fail(
+                check,
+                says,
+                "is it up, and does the network let us through?",
+            )]
+        })
 }
 
-async fn limited_for(environment: &Environment, check: &str, looking: impl Future<Output = Vec<Finding>>) -> Vec<Finding> {
+async fn limited_for(
+    environment: &Environment,
+    check: &str,
+    looking: impl Future<Output = Vec<Finding>>,
+) -> Vec<Finding> {
     limited(&name(environment, check), looking).await
 }
 
@@ -106,15 +140,28 @@ pub fn name(environment: &Environment, check: &str) -> String {
 async fn check_agent(config: &Config, path: &str) -> Vec<Finding> {
     let address = config::reachable(config.listen);
     let fix = format!("start it: landfall serve --config {path}");
-    let asked = async { reqwest::Client::builder().no_proxy().build()?.get(format!("http://{address}/readyz")).send().await };
+    let asked = async {
+        reqwest::Client::builder()
+            .no_proxy()
+            .build()?
+            .get(format!("http://{address}/readyz"))
+            .send()
+            .await
+    };
     vec![match asked.await {
-        Ok(answer) if answer.status().is_success() => Finding::ok("agent", format!("running, {}", config.base_url())),
+        Ok(answer) if answer.status().is_success() => {
+            Finding::ok("agent", format!("running, {}", config.base_url()))
+        }
         Ok(answer) => Finding::warn(
             "agent",
             format!("something answers {} at {address}", answer.status()),
             "see its log, or choose another `listen`",
         ),
-        Err(_) => Finding::warn("agent", format!("not running: nobody answers at {address}"), fix),
+        Err(_) => Finding::warn(
+            "agent",
+            format!("not running: nobody answers at {address}"),
+            fix,
+        ),
     }]
 }
 
@@ -129,14 +176,18 @@ fn check_data_dir(data_dir: &Path) -> Finding {
         Err(error) => Finding::fail(
             "data_dir",
             format!("cannot write to {}: {error}", existing.display()),
-            format!("let the agent's user own it: mkdir -p {shown} && chown USER {shown}; or set `data_dir`"),
+            format!(
+                "let the agent's user own it: mkdir -p {shown} && chown USER {shown}; or set `data_dir`"
+            ),
         ),
     }
 }
 
 /// The folder itself, or the first above it that exists.
 fn nearest(path: &Path) -> &Path {
-    path.ancestors().find(|one| one.is_dir()).unwrap_or(Path::new("/"))
+    path.ancestors()
+        .find(|one| one.is_dir())
+        .unwrap_or(Path::new("/"))
 }
 
 fn check_disk(data_dir: &Path) -> Finding {
@@ -144,10 +195,18 @@ fn check_disk(data_dir: &Path) -> Finding {
     let free = match statvfs(place) {
         Ok(found) => found.f_bavail.saturating_mul(found.f_frsize),
         Err(error) => {
-            return Finding::warn("disk", format!("cannot see how full {} is: {error}", place.display()), "look with `df`");
+            return Finding::warn(
+                "disk",
+                format!("cannot see how full {} is: {error}", place.display()),
+                "look with `df`",
+            );
         }
     };
-    let says = format!("{:.1} GiB free for {}", bytes_as_gib(free), data_dir.display());
+    let says = format!(
+        "{:.1} GiB free for {}",
+        bytes_as_gib(free),
+        data_dir.display()
+    );
     let fix = "make room, or move `data_dir`: trees, build contexts and logs are kept there";
     match free {
         0..DISK_BYTES_MIN => Finding::fail("disk", says, fix),
@@ -156,7 +215,10 @@ fn check_disk(data_dir: &Path) -> Finding {
     }
 }
 
-#[expect(clippy::cast_precision_loss, reason = "for people, with one digit behind the point")]
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "for people, with one digit behind the point"
+)]
 fn bytes_as_gib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 30)
 }
@@ -166,37 +228,64 @@ async fn check_docker(settings: &config::Docker) -> Vec<Finding> {
         Ok(engine) => engine,
         Err(error) => {
             let fix = "start Docker (`systemctl start docker`), add this user to the group `docker`, or set `docker.host` or DOCKER_HOST";
-            return vec![Finding::fail("docker", format!("cannot reach it: {error}"), fix)];
+            return vec![Finding::fail(
+                "docker",
+                format!("cannot reach it: {error}"),
+                fix,
+            )];
         }
     };
     let version = match engine.version().await {
         Ok(version) => version.version.unwrap_or_default(),
-        Err(error) => return vec![Finding::fail("docker", format!("it does not say its version: {error}"), "restart Docker")],
+        Err(error) => {
+            return vec![Finding::fail(
+                "docker",
+                format!("it does not say its version: {error}"),
+                "restart Docker",
+            )];
+        }
     };
     if is_older(&version) {
-        return vec![Finding::fail("docker", format!("{version} is too old"), "install Docker 20.10 or later")];
+        return vec![Finding::fail(
+            "docker",
+            format!("{version} is too old"),
+            "install Docker 20.10 or later",
+        )];
     }
     vec![match docker::lacks_buildkit(&engine).await {
         Ok(None) => Finding::ok("docker", format!("{version}, with BuildKit")),
         Ok(Some(_)) => {
             let fix = "install Docker 20.10 or later; Podman cannot build here yet";
-            Finding::fail("docker", format!("{version} has only the classic builder"), fix)
+            Finding::fail(
+                "docker",
+                format!("{version} has only the classic builder"),
+                fix,
+            )
         }
-        Err(error) => Finding::fail("docker", format!("it does not say what it can do: {error}"), "restart Docker"),
+        Err(error) => Finding::fail(
+            "docker",
+            format!("it does not say what it can do: {error}"),
+            "restart Docker",
+        ),
     }]
 }
 
 /// A version that is not like `24.0.7` is a development build, and taken.
 fn is_older(version: &str) -> bool {
     let mut parts = version.split('.').map(|part| part.parse::<u32>().ok());
-    let (Some(Some(major)), Some(Some(minor))) = (parts.next(), parts.next()) else { return false };
+    let (Some(Some(major)), Some(Some(minor))) = (parts.next(), parts.next()) else {
+        return false;
+    };
     (major, minor) < DOCKER_MIN
 }
 
 fn check_secrets(environment: &Environment) -> Finding {
     let count = environment.webhook_secrets.len();
     let least = config::WEBHOOK_SECRET_BYTES_MIN;
-    Finding::ok(name(environment, "webhook secret"), format!("{count} of at least {least} bytes"))
+    Finding::ok(
+        name(environment, "webhook secret"),
+        format!("{count} of at least {least} bytes"),
+    )
 }
 
 async fn check_clone(environment: &Environment) -> Vec<Finding> {
@@ -207,8 +296,15 @@ async fn check_clone(environment: &Environment) -> Vec<Finding> {
         checkout::branch_head(environment, &exe, &folder.0).await
     };
     vec![match head.await {
-        Ok(Some(commit)) => Finding::ok(check, format!("{url}, {branch} is at {}", crate::builds::short(&commit))),
-        Ok(None) => Finding::fail(check, format!("{url} has no branch {branch:?}"), "push it, or set `branch`"),
+        Ok(Some(commit)) => Finding::ok(
+            check,
+            format!("{url}, {branch} is at {}", crate::builds::short(&commit)),
+        ),
+        Ok(None) => Finding::fail(
+            check,
+            format!("{url} has no branch {branch:?}"),
+            "push it, or set `branch`",
+        ),
         Err(error) => {
             let fix = format!(
                 "try `git ls-remote {url} {branch}`; a private repository needs `clone_token`, or `ssh_key` and `known_hosts`"
@@ -223,9 +319,16 @@ struct Throwaway(PathBuf);
 
 impl Throwaway {
     fn new(environment: &Environment) -> anyhow::Result<Self> {
-        let name = format!("landfall-doctor-{}-{}", std::process::id(), environment.name);
+        let name = format!(
+            "landfall-doctor-{}-{}",
+            std::process::id(),
+            environment.name
+        );
         let path = std::env::temp_dir().join(name);
-        std::fs::DirBuilder::new().mode(0o700).create(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        std::fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&path)
+            .with_context(|| format!("cannot make {}", path.display()))?;
         Ok(Self(path))
     }
 }
@@ -239,9 +342,17 @@ impl Drop for Throwaway {
 async fn check_github(config: &Config) -> Vec<Finding> {
     if config.github.token.is_none() {
         let fix = "set `github.token` (or LANDFALL_GITHUB_TOKEN_FILE) to a token that may write commit statuses";
-        return vec![Finding::warn("github token", "there is none: commits get no status on GitHub", fix)];
+        return vec![Finding::warn(
+            "github token",
+            "there is none: commits get no status on GitHub",
+            fix,
+        )];
     }
-    let mut repositories: Vec<&str> = config.environments.iter().map(|environment| environment.repository.as_str()).collect();
+    let mut repositories: Vec<&str> = config
+        .environments
+        .iter()
+        .map(|environment| environment.repository.as_str())
+        .collect();
     repositories.sort_unstable();
     repositories.dedup();
     let checks = repositories.into_iter().map(async |repository| {

@@ -7,7 +7,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use futures_util::StreamExt;
 use futures_util::stream;
-use k8s_openapi::api::authorization::v1::{ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec};
+use k8s_openapi::api::authorization::v1::{
+    ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec,
+};
 use k8s_openapi::api::core::v1::Namespace;
 use kube::Api;
 use kube::api::PostParams;
@@ -36,7 +38,11 @@ const KINDS: [(&str, &str, &str); 16] = [
     ("NetworkPolicy", "networking.k8s.io", "networkpolicies"),
     ("ConfigMap", "", "configmaps"),
     ("Secret", "", "secrets"),
-    ("HorizontalPodAutoscaler", "autoscaling", "horizontalpodautoscalers"),
+    (
+        "HorizontalPodAutoscaler",
+        "autoscaling",
+        "horizontalpodautoscalers",
+    ),
     ("PodDisruptionBudget", "policy", "poddisruptionbudgets"),
     ("PersistentVolumeClaim", "", "persistentvolumeclaims"),
     ("ServiceAccount", "", "serviceaccounts"),
@@ -68,13 +74,21 @@ struct Right {
 }
 
 pub async fn check(environment: &Environment) -> Vec<Finding> {
-    let reached = limited(&name(environment, "cluster"), async { vec![reach(environment).await] }).await;
+    let reached = limited(&name(environment, "cluster"), async {
+        vec![reach(environment).await]
+    })
+    .await;
     if super::findings::any_failed(&reached) {
         return reached;
     }
-    let Ok(cluster) = Cluster::connect(environment).await else { return reached };
-    let (namespace_name, rights_name) = (name(environment, "namespace"), name(environment, "rights"));
-    let namespace = limited(&namespace_name, async { vec![check_namespace(&cluster, environment).await] });
+    let Ok(cluster) = Cluster::connect(environment).await else {
+        return reached;
+    };
+    let (namespace_name, rights_name) =
+        (name(environment, "namespace"), name(environment, "rights"));
+    let namespace = limited(&namespace_name, async {
+        vec![check_namespace(&cluster, environment).await]
+    });
     let rights = limited(&rights_name, check_rights(&cluster, environment));
     let (namespace, rights) = tokio::join!(namespace, rights);
     reached.into_iter().chain(namespace).chain(rights).collect()
@@ -82,17 +96,18 @@ pub async fn check(environment: &Environment) -> Vec<Finding> {
 
 async fn reach(environment: &Environment) -> Finding {
     let check = name(environment, "cluster");
-    let fix =
-        "is `kubeconfig` (and `context`) the right one, and the cluster up? `kubectl --kubeconfig FILE version` must answer";
+    let fix = "is `kubeconfig` (and `context`) the right one, and the cluster up? `kubectl --kubeconfig FILE version` must answer";
     let cluster = match Cluster::connect(environment).await {
         Ok(cluster) => cluster,
         Err(error) => return Finding::fail(check, format!("{error:#}"), fix),
     };
     match cluster.client.apiserver_version().await {
         Ok(version) => Finding::ok(check, format!("Kubernetes {}", version.git_version)),
-        Err(kube::Error::Api(status)) => {
-            Finding::fail(check, format!("it refuses us: {}", status.message), "renew the credentials of the kubeconfig")
-        }
+        Err(kube::Error::Api(status)) => Finding::fail(
+            check,
+            format!("it refuses us: {}", status.message),
+            "renew the credentials of the kubeconfig",
+        ),
         Err(error) => Finding::fail(check, format!("cannot reach it: {}", rooted(&error)), fix),
     }
 }
@@ -109,17 +124,23 @@ fn rooted(error: &dyn std::error::Error) -> String {
 async fn check_namespace(cluster: &Cluster, environment: &Environment) -> Finding {
     let check = name(environment, "namespace");
     let namespace = &environment.namespace;
-    let found = Api::<Namespace>::all(cluster.client.clone()).get_opt(namespace).await;
+    let found = Api::<Namespace>::all(cluster.client.clone())
+        .get_opt(namespace)
+        .await;
     match found {
-        Ok(Some(found)) if found.metadata.deletion_timestamp.is_some() => {
-            Finding::fail(check, format!("{namespace} is being deleted"), "wait until it is gone, then make it anew")
-        }
+        Ok(Some(found)) if found.metadata.deletion_timestamp.is_some() => Finding::fail(
+            check,
+            format!("{namespace} is being deleted"),
+            "wait until it is gone, then make it anew",
+        ),
         Ok(Some(_)) => Finding::ok(check, namespace.clone()),
-        Ok(None) if environment.create_namespace => {
-            Finding::ok(check, format!("{namespace} is not there yet; the first release makes it"))
-        }
+        Ok(None) if environment.create_namespace => Finding::ok(
+            check,
+            format!("{namespace} is not there yet; the first release makes it"),
+        ),
         Ok(None) => {
-            let fix = format!("kubectl create namespace {namespace}; or set `create_namespace: true`");
+            let fix =
+                format!("kubectl create namespace {namespace}; or set `create_namespace: true`");
             Finding::fail(check, format!("{namespace} is not there"), fix)
         }
         Err(kube::Error::Api(status)) if status.code == 403 => {
@@ -128,7 +149,11 @@ async fn check_namespace(cluster: &Cluster, environment: &Environment) -> Findin
             );
             Finding::fail(check, format!("the agent may not look at {namespace}"), fix)
         }
-        Err(error) => Finding::fail(check, format!("cannot look at {namespace}: {}", rooted(&error)), "ask again"),
+        Err(error) => Finding::fail(
+            check,
+            format!("cannot look at {namespace}: {}", rooted(&error)),
+            "ask again",
+        ),
     }
 }
 
@@ -137,7 +162,12 @@ async fn check_rights(cluster: &Cluster, environment: &Environment) -> Vec<Findi
     let (needed, unknown) = needed(&environment.allowed_kinds);
     let count = needed.len();
     let answers = stream::iter(needed)
-        .map(async |right| (is_allowed(cluster, &environment.namespace, &right).await, right))
+        .map(async |right| {
+            (
+                is_allowed(cluster, &environment.namespace, &right).await,
+                right,
+            )
+        })
         .buffer_unordered(QUESTIONS_AT_ONCE)
         .collect::<Vec<_>>()
         .await;
@@ -147,17 +177,31 @@ async fn check_rights(cluster: &Cluster, environment: &Environment) -> Vec<Findi
             Ok(true) => {}
             Ok(false) => drop(denied.insert(right)),
             Err(error) => {
-                return vec![Finding::fail(check, format!("cannot ask what the agent may do: {}", rooted(&error)), "ask again")];
+                return vec![Finding::fail(
+                    check,
+                    format!("cannot ask what the agent may do: {}", rooted(&error)),
+                    "ask again",
+                )];
             }
         }
     }
     let mut findings = vec![match denied.is_empty() {
-        true => Finding::ok(&check, format!("all {count} that releases need, in {}", environment.namespace)),
+        true => Finding::ok(
+            &check,
+            format!(
+                "all {count} that releases need, in {}",
+                environment.namespace
+            ),
+        ),
         false => Finding::fail(&check, says(&denied), fix(&environment.namespace, &denied)),
     }];
     if !unknown.is_empty() {
         let says = format!("not looked at: {}", unknown.join(", "));
-        findings.push(Finding::warn(check, says, "`kubectl auth can-i` tells for other kinds"));
+        findings.push(Finding::warn(
+            check,
+            says,
+            "`kubectl auth can-i` tells for other kinds",
+        ));
     }
     findings
 }
@@ -169,15 +213,25 @@ fn needed(kinds: &[String]) -> (BTreeSet<Right>, Vec<&str>) {
         (group, Some((plural, sub))) => format!("{plural}.{group}/{sub}"),
         (group, None) => format!("{plural}.{group}"),
     };
-    let mut needed: BTreeSet<Right> =
-        BESIDES.iter().map(|(verb, group, plural)| Right { resource: full(group, plural), verb }).collect();
+    let mut needed: BTreeSet<Right> = BESIDES
+        .iter()
+        .map(|(verb, group, plural)| Right {
+            resource: full(group, plural),
+            verb,
+        })
+        .collect();
     let mut unknown = Vec::new();
     for kind in kinds {
         let bare = kind.split_once('.').map_or(kind.as_str(), |(bare, _)| bare);
-        let known = KINDS.iter().find(|(name, group, _)| *name == bare && (bare == kind || kind.ends_with(&format!(".{group}"))));
+        let known = KINDS.iter().find(|(name, group, _)| {
+            *name == bare && (bare == kind || kind.ends_with(&format!(".{group}")))
+        });
         match known {
             Some((_, group, plural)) => {
-                needed.extend(VERBS.map(|verb| Right { resource: full(group, plural), verb }));
+                needed.extend(VERBS.map(|verb| Right {
+                    resource: full(group, plural),
+                    verb,
+                }));
             }
             None => unknown.push(kind.as_str()),
         }
@@ -186,7 +240,12 @@ fn needed(kinds: &[String]) -> (BTreeSet<Right>, Vec<&str>) {
 }
 
 async fn is_allowed(cluster: &Cluster, namespace: &str, right: &Right) -> kube::Result<bool> {
-    let (path, sub) = right.resource.split_once('/').map_or((right.resource.as_str(), None), |(path, sub)| (path, Some(sub)));
+    let (path, sub) = right
+        .resource
+        .split_once('/')
+        .map_or((right.resource.as_str(), None), |(path, sub)| {
+            (path, Some(sub))
+        });
     let (plural, group) = path.split_once('.').unwrap_or((path, ""));
     let review = SelfSubjectAccessReview {
         spec: SelfSubjectAccessReviewSpec {
@@ -221,8 +280,11 @@ fn by_verbs(denied: &BTreeSet<Right>) -> BTreeMap<String, Vec<&str>> {
 }
 
 fn says(denied: &BTreeSet<Right>) -> String {
-    let mut shown: Vec<String> =
-        denied.iter().take(SHOWN_MAX).map(|right| format!("{} {}", right.verb, right.resource)).collect();
+    let mut shown: Vec<String> = denied
+        .iter()
+        .take(SHOWN_MAX)
+        .map(|right| format!("{} {}", right.verb, right.resource))
+        .collect();
     if denied.len() > SHOWN_MAX {
         shown.push(format!("and {} more", denied.len() - SHOWN_MAX));
     }
@@ -234,10 +296,17 @@ fn fix(namespace: &str, denied: &BTreeSet<Right>) -> String {
         .into_iter()
         .enumerate()
         .map(|(index, (verbs, resources))| {
-            format!("kubectl -n {namespace} create role landfall-{} --verb={verbs} --resource={}", index + 1, resources.join(","))
+            format!(
+                "kubectl -n {namespace} create role landfall-{} --verb={verbs} --resource={}",
+                index + 1,
+                resources.join(",")
+            )
         })
         .collect();
-    format!("{}\nand bind each to the user of this kubeconfig: kubectl -n {namespace} create rolebinding", roles.join("\n"))
+    format!(
+        "{}\nand bind each to the user of this kubeconfig: kubectl -n {namespace} create rolebinding",
+        roles.join("\n")
+    )
 }
 
 #[cfg(test)]
@@ -251,22 +320,38 @@ mod tests {
         let (needed, unknown) = needed(&kinds);
         assert!(unknown.is_empty(), "{unknown:?}");
         assert!(needed.len() >= KINDS_DEFAULT.len() * VERBS.len());
-        assert!(needed.contains(&Right { resource: "deployments.apps".to_owned(), verb: "delete" }));
+        assert!(needed.contains(&Right {
+            resource: "deployments.apps".to_owned(),
+            verb: "delete"
+        }));
     }
 
     #[test]
     fn kinds_that_are_not_known_are_said_and_not_guessed() {
-        let kinds = ["Certificate.cert-manager.io", "Job.batch", "Job.example.org"].map(str::to_owned);
+        let kinds = [
+            "Certificate.cert-manager.io",
+            "Job.batch",
+            "Job.example.org",
+        ]
+        .map(str::to_owned);
         let (needed, unknown) = needed(&kinds);
         assert_eq!(unknown, ["Certificate.cert-manager.io", "Job.example.org"]);
-        assert!(needed.contains(&Right { resource: "jobs.batch".to_owned(), verb: "patch" }));
+        assert!(needed.contains(&Right {
+            resource: "jobs.batch".to_owned(),
+            verb: "patch"
+        }));
     }
 
     #[test]
     fn the_fix_groups_what_is_missing() {
         let denied = ["deployments.apps", "statefulsets.apps"]
             .into_iter()
-            .flat_map(|resource| ["create", "patch"].map(|verb| Right { resource: resource.to_owned(), verb }));
+            .flat_map(|resource| {
+                ["create", "patch"].map(|verb| Right {
+                    resource: resource.to_owned(),
+                    verb,
+                })
+            });
         let fix = fix("hello", &denied.collect());
         assert!(
             fix.starts_with(

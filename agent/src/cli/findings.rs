@@ -29,15 +29,30 @@ pub struct Finding {
 
 impl Finding {
     pub fn ok(check: impl Into<String>, says: impl Into<String>) -> Self {
-        Self { level: Level::Ok, check: check.into(), says: says.into(), fix: None }
+        Self {
+            level: Level::Ok,
+            check: check.into(),
+            says: says.into(),
+            fix: None,
+        }
     }
 
     pub fn warn(check: impl Into<String>, says: impl Into<String>, fix: impl Into<String>) -> Self {
-        Self { level: Level::Warn, check: check.into(), says: says.into(), fix: Some(fix.into()) }
+        Self {
+            level: Level::Warn,
+            check: check.into(),
+            says: says.into(),
+            fix: Some(fix.into()),
+        }
     }
 
     pub fn fail(check: impl Into<String>, says: impl Into<String>, fix: impl Into<String>) -> Self {
-        Self { level: Level::Fail, check: check.into(), says: says.into(), fix: Some(fix.into()) }
+        Self {
+            level: Level::Fail,
+            check: check.into(),
+            says: says.into(),
+            fix: Some(fix.into()),
+        }
     }
 }
 
@@ -53,7 +68,11 @@ pub fn print(findings: &[Finding], is_json: bool) -> anyhow::Result<()> {
 }
 
 fn lines(findings: &[Finding], is_colored: bool) -> String {
-    let width = findings.iter().map(|finding| finding.check.chars().count()).max().unwrap_or(0);
+    let width = findings
+        .iter()
+        .map(|finding| finding.check.chars().count())
+        .max()
+        .unwrap_or(0);
     let indent = " ".repeat(width + 8);
     let mut text = String::new();
     for finding in findings {
@@ -62,11 +81,19 @@ fn lines(findings: &[Finding], is_colored: bool) -> String {
             Level::Warn => ("warn", 33),
             Level::Fail => ("FAIL", 31),
         };
-        let word = if is_colored { format!("\x1b[{color}m{word}\x1b[0m") } else { word.to_owned() };
+        let word = if is_colored {
+            format!("\x1b[{color}m{word}\x1b[0m")
+        } else {
+            word.to_owned()
+        };
         let says = clean(&finding.says).replace('\n', &format!("\n{indent}"));
         let _ = writeln!(text, "{word}  {:width$}  {says}", finding.check);
         if let Some(fix) = &finding.fix {
-            let _ = writeln!(text, "{indent}fix: {}", clean(fix).replace('\n', &format!("\n{indent}     ")));
+            let _ = writeln!(
+                text,
+                "{indent}fix: {}",
+                clean(fix).replace('\n', &format!("\n{indent}     "))
+            );
         }
     }
     text

@@ -39,7 +39,9 @@ pub async fn follow(client: &Client, ids: &[i64]) -> anyhow::Result<ExitCode> {
 
 fn say_interrupted(ids: &[i64]) -> ExitCode {
     for id in ids {
-        say!("build #{id} goes on: `landfall logs -f {id}` follows it, `landfall cancel {id}` ends it");
+        say!(
+            "build #{id} goes on: `landfall logs -f {id}` follows it, `landfall cancel {id}` ends it"
+        );
     }
     ExitCode::from(exit::INTERRUPTED)
 }
@@ -62,7 +64,9 @@ async fn wait_for_all(client: &Client, ids: &[i64]) -> anyhow::Result<(Vec<Value
         let mut away_since: Option<Instant> = None;
         let answer = loop {
             match client.build(*id).await {
-                Ok(answer) if client::read::<Detail>(&answer)?.build.status.is_terminal() => break answer,
+                Ok(answer) if client::read::<Detail>(&answer)?.build.status.is_terminal() => {
+                    break answer;
+                }
                 Ok(_) => away_since = None,
                 Err(problem) => {
                     let since = *away_since.get_or_insert_with(Instant::now);
@@ -106,7 +110,9 @@ async fn watch(client: &Client, id: i64) -> anyhow::Result<u8> {
                     return Err(problem).context(format!("build #{id} can no longer be watched"));
                 }
                 if pause == PAUSE_FIRST {
-                    screen.say(&format!("the connection was lost and is tried again: {problem}"));
+                    screen.say(&format!(
+                        "the connection was lost and is tried again: {problem}"
+                    ));
                 }
             }
         }
@@ -135,7 +141,11 @@ async fn show(client: &Client, id: i64, screen: &mut Screen) -> anyhow::Result<S
     };
     loop {
         match live.next().await {
-            Ok(Some(Event::Line { number, stage, text })) => screen.line(number, stage, &text)?,
+            Ok(Some(Event::Line {
+                number,
+                stage,
+                text,
+            })) => screen.line(number, stage, &text)?,
             Ok(Some(Event::End)) => return Ok(Shown::All),
             Ok(None) => return Ok(Shown::Part),
             Err(problem) => return Ok(Shown::Lost(problem)),
@@ -173,7 +183,12 @@ impl Screen {
             waiting.set_message(format!("{name} waits for its turn"));
             waiting.enable_steady_tick(Duration::from_millis(120));
         }
-        Self { last: 0, stage: None, cleaner: Cleaner::new(terminal::colors()), waiting }
+        Self {
+            last: 0,
+            stage: None,
+            cleaner: Cleaner::new(terminal::colors()),
+            waiting,
+        }
     }
 
     fn line(&mut self, number: i64, stage: Option<Stage>, text: &str) -> anyhow::Result<()> {
@@ -202,8 +217,13 @@ impl Screen {
 }
 
 fn say_end(client: &Client, build: &Build) {
-    let took = build.finished_at.zip(build.started_at).map(|(end, begin)| human_duration(end - begin));
-    let took = took.map(|took| format!(" after {took}")).unwrap_or_default();
+    let took = build
+        .finished_at
+        .zip(build.started_at)
+        .map(|(end, begin)| human_duration(end - begin));
+    let took = took
+        .map(|took| format!(" after {took}"))
+        .unwrap_or_default();
     let id = build.id;
     say!("\nbuild #{id} {}{took}: {}", build.status, outcome(build));
     if let Some(cause) = &build.cause {
@@ -214,7 +234,10 @@ fn say_end(client: &Client, build: &Build) {
     }
     match build.status {
         Status::Failed | Status::Errored | Status::Canceled => {
-            say!("  `landfall rerun {id}` builds it again; {}", client.page(id))
+            say!(
+                "  `landfall rerun {id}` builds it again; {}",
+                client.page(id)
+            )
         }
         Status::Superseded => {
             if let Some(newer) = build.superseded_by {
@@ -240,7 +263,10 @@ fn outcome(build: &Build) -> String {
 
 /// The exit code of a command that waited for this build.
 fn code(build: &Build) -> u8 {
-    let is_time_out = build.cause.as_ref().is_some_and(|cause| cause.id == "time_out");
+    let is_time_out = build
+        .cause
+        .as_ref()
+        .is_some_and(|cause| cause.id == "time_out");
     match build.status.exit_code(build.outcome) {
         1 if is_time_out => exit::TIME_OUT,
         code => code,
@@ -250,5 +276,9 @@ fn code(build: &Build) -> u8 {
 /// One line about a build that was just queued.
 pub fn say_queued(client: &Client, build: &Build) {
     let (id, environment) = (build.id, plain(&build.environment));
-    say!("build #{id} of {environment} is {}: {}", painted(build.status, 0), client.page(id));
+    say!(
+        "build #{id} of {environment} is {}: {}",
+        painted(build.status, 0),
+        client.page(id)
+    );
 }

@@ -35,7 +35,10 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     print(&client, arguments).await?;
     let build: Build = client::read(&client.build(arguments.build).await?)?;
     if !build.status.is_terminal() {
-        say!("build #{0} goes on: `landfall logs -f {0}` follows it", build.id);
+        say!(
+            "build #{0} goes on: `landfall logs -f {0}` follows it",
+            build.id
+        );
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -65,7 +68,10 @@ async fn print(client: &Client, arguments: &Arguments) -> anyhow::Result<()> {
 /// How many bytes at the end begin a character that is not all there.
 fn unfinished(bytes: &[u8]) -> usize {
     let tail = bytes.iter().rev().take(3);
-    let Some((behind, first)) = tail.enumerate().find(|(_, byte)| **byte & 0b1100_0000 != 0b1000_0000) else {
+    let Some((behind, first)) = tail
+        .enumerate()
+        .find(|(_, byte)| **byte & 0b1100_0000 != 0b1000_0000)
+    else {
         return 0;
     };
     let length = match first {

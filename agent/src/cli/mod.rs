@@ -73,7 +73,9 @@ or data_dir/admin-token.";
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run the agent: page, API, webhook, queue and builds
-    #[command(after_help = "Examples:\n  landfall serve\n  LANDFALL_LOG=debug landfall serve --config /etc/landfall/agent.yaml")]
+    #[command(
+        after_help = "Examples:\n  landfall serve\n  LANDFALL_LOG=debug landfall serve --config /etc/landfall/agent.yaml"
+    )]
     Serve {
         /// The operator's file
         #[arg(long, value_name = "FILE", default_value = config::AGENT_YAML)]
@@ -201,13 +203,20 @@ fn begin_log(command: &Command) {
         tracing_subscriber::EnvFilter::new(default)
     });
     let is_colored = io::IsTerminal::is_terminal(&io::stderr()) && !config::no_color();
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(is_colored).try_init();
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(is_colored)
+        .try_init();
 }
 
 /// Says what went wrong and what to do, and finds its exit code.
 fn report(error: &anyhow::Error) -> ExitCode {
     let is_closed_pipe = |error: &io::Error| error.kind() == io::ErrorKind::BrokenPipe;
-    if error.chain().any(|cause| cause.downcast_ref().is_some_and(is_closed_pipe)) {
+    if error
+        .chain()
+        .any(|cause| cause.downcast_ref().is_some_and(is_closed_pipe))
+    {
         return ExitCode::from(exit::PIPE_CLOSED);
     }
     say!("landfall: {error:#}");
@@ -228,10 +237,12 @@ fn hint(problem: &Problem) -> Option<&'static str> {
         Problem::Away { .. } => Some(
             "start it with `landfall serve`, or name another with --server URL or LANDFALL_SERVER; `landfall doctor` looks further",
         ),
-        Problem::Odd(_) => Some("is something else listening there? Name the agent with --server URL or LANDFALL_SERVER"),
-        Problem::Refused { status, .. } if status.as_u16() == 401 => {
-            Some("set LANDFALL_TOKEN or LANDFALL_TOKEN_FILE, or name the agent's file with --config agent.yaml")
-        }
+        Problem::Odd(_) => Some(
+            "is something else listening there? Name the agent with --server URL or LANDFALL_SERVER",
+        ),
+        Problem::Refused { status, .. } if status.as_u16() == 401 => Some(
+            "set LANDFALL_TOKEN or LANDFALL_TOKEN_FILE, or name the agent's file with --config agent.yaml",
+        ),
         Problem::Refused { .. } => None,
     }
 }
@@ -256,17 +267,33 @@ mod tests {
 
     #[test]
     fn every_command_has_examples_in_its_help() {
-        for command in Cli::command().get_subcommands().filter(|one| one.get_name() != "version") {
-            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
-            assert!(help.contains(&format!("landfall {}", command.get_name())), "{}", command.get_name());
+        for command in Cli::command()
+            .get_subcommands()
+            .filter(|one| one.get_name() != "version")
+        {
+            let help = command
+                .get_after_help()
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            assert!(
+                help.contains(&format!("landfall {}", command.get_name())),
+                "{}",
+                command.get_name()
+            );
         }
     }
 
     #[test]
     fn waiting_is_the_default_and_the_last_word_counts() {
-        for (words, waits) in [(&[][..], true), (&["--no-wait"][..], false), (&["--no-wait", "--wait"][..], true)] {
+        for (words, waits) in [
+            (&[][..], true),
+            (&["--no-wait"][..], false),
+            (&["--no-wait", "--wait"][..], true),
+        ] {
             let words = ["landfall", "rerun", "42"].iter().chain(words);
-            let Command::Rerun(arguments) = Cli::try_parse_from(words).unwrap().command else { panic!() };
+            let Command::Rerun(arguments) = Cli::try_parse_from(words).unwrap().command else {
+                panic!()
+            };
             assert_eq!(arguments.wait.waits(), waits);
         }
     }

@@ -8,7 +8,9 @@ use super::terminal;
 use crate::pipeline::Pipeline;
 
 pub fn run() -> anyhow::Result<ExitCode> {
-    let schema = SchemaSettings::draft07().into_generator().into_root_schema_for::<Pipeline>();
+    let schema = SchemaSettings::draft07()
+        .into_generator()
+        .into_root_schema_for::<Pipeline>();
     terminal::print_json(schema.as_value())?;
     Ok(ExitCode::SUCCESS)
 }

@@ -73,8 +73,13 @@ async fn list(client: &Client, arguments: &Arguments) -> anyhow::Result<()> {
         say!("`landfall status --before {next}` shows older ones");
     }
     match newest.status {
-        Status::Queued | Status::Running => say!("`landfall logs -f {}` follows the newest", newest.id),
-        _ => say!("`landfall status {}` shows the newest, `landfall logs {0}` its log", newest.id),
+        Status::Queued | Status::Running => {
+            say!("`landfall logs -f {}` follows the newest", newest.id)
+        }
+        _ => say!(
+            "`landfall status {}` shows the newest, `landfall logs {0}` its log",
+            newest.id
+        ),
     }
     Ok(())
 }
@@ -139,8 +144,12 @@ async fn one(client: &Client, id: i64, output: &OutputArgument) -> anyhow::Resul
     let detail: Detail = client::read(&answer)?;
     terminal::print(&page(&detail, now()))?;
     match detail.build.status {
-        Status::Queued | Status::Running => say!("`landfall logs -f {id}` follows it, `landfall cancel {id}` ends it"),
-        Status::Failed | Status::Errored => say!("`landfall logs {id}` shows its log, `landfall rerun {id}` builds it again"),
+        Status::Queued | Status::Running => {
+            say!("`landfall logs -f {id}` follows it, `landfall cancel {id}` ends it")
+        }
+        Status::Failed | Status::Errored => {
+            say!("`landfall logs {id}` shows its log, `landfall rerun {id}` builds it again")
+        }
         _ => say!("`landfall logs {id}` shows its log"),
     }
     Ok(())
@@ -148,7 +157,12 @@ async fn one(client: &Client, id: i64, output: &OutputArgument) -> anyhow::Resul
 
 fn page(detail: &Detail, at: Millis) -> String {
     let build = &detail.build;
-    let mut page = format!("build #{} {}, {}\n", build.id, painted(build.status, 0), build.outcome);
+    let mut page = format!(
+        "build #{} {}, {}\n",
+        build.id,
+        painted(build.status, 0),
+        build.outcome
+    );
     let mut line = |name: &str, value: String| {
         if !value.is_empty() {
             let _ = writeln!(page, "  {name:12} {value}");
@@ -158,7 +172,15 @@ fn page(detail: &Detail, at: Millis) -> String {
     line("branch", plain(&build.branch));
     line("commit", plain(&build.commit));
     line("title", plain(&build.title));
-    line("by", format!("{} ({}), {}", plain(&build.by), build.kind, ago(at - build.queued_at)));
+    line(
+        "by",
+        format!(
+            "{} ({}), {}",
+            plain(&build.by),
+            build.kind,
+            ago(at - build.queued_at)
+        ),
+    );
     line("image", plain(build.image.as_deref().unwrap_or_default()));
     if let Some(newer) = build.superseded_by {
         line("newer", format!("#{newer}"));
@@ -170,7 +192,12 @@ fn page(detail: &Detail, at: Millis) -> String {
     }
     for stage in &detail.stages {
         let took = human_duration(stage.done_at.unwrap_or(at) - stage.begun_at);
-        let _ = writeln!(page, "  {:22} {:8} {took}", stage.stage.title(), stage.status.as_str());
+        let _ = writeln!(
+            page,
+            "  {:22} {:8} {took}",
+            stage.stage.title(),
+            stage.status.as_str()
+        );
     }
     page
 }

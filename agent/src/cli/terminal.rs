@@ -83,7 +83,13 @@ enum State {
 
 impl Cleaner {
     pub fn new(colors: bool) -> Self {
-        Self { colors, state: State::Text, escape: String::new(), is_painted: false, is_returned: false }
+        Self {
+            colors,
+            state: State::Text,
+            escape: String::new(),
+            is_painted: false,
+            is_returned: false,
+        }
     }
 
     pub fn clean(&mut self, text: &str) -> String {
@@ -214,7 +220,10 @@ mod tests {
     fn colours_pass_and_end_with_their_line() {
         check("\x1b[1;31mred\x1b[0m\n", "\x1b[1;31mred\x1b[0m\n");
         check("\x1b[32mgreen\nplain\n", "\x1b[32mgreen\x1b[0m\nplain\n");
-        check("\x1b[38;5;9ma\x1b[48;2;1;2;3mb", "\x1b[38;5;9ma\x1b[48;2;1;2;3mb\x1b[0m");
+        check(
+            "\x1b[38;5;9ma\x1b[48;2;1;2;3mb",
+            "\x1b[38;5;9ma\x1b[48;2;1;2;3mb\x1b[0m",
+        );
     }
 
     #[test]
@@ -250,7 +259,10 @@ mod tests {
             check(&format!("a{escape}b\n"), "ab\n");
         }
         check("a\x1b]never ends\nb\n", "a\nb\n");
-        check(&format!("a\x1b[{}mb\n", "1;".repeat(60)), &format!("a{}mb\n", "1;".repeat(60).split_at(65).1));
+        check(
+            &format!("a\x1b[{}mb\n", "1;".repeat(60)),
+            &format!("a{}mb\n", "1;".repeat(60).split_at(65).1),
+        );
     }
 
     #[test]

@@ -43,12 +43,20 @@ pub struct Arguments {
 
 #[expect(clippy::unused_async, reason = "every command is called alike")]
 pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    anyhow::ensure!(arguments.dir.is_dir(), "{} is no folder", arguments.dir.display());
+    anyhow::ensure!(
+        arguments.dir.is_dir(),
+        "{} is no folder",
+        arguments.dir.display()
+    );
     let config = load(arguments)?;
     let environment = choose(arguments, config.as_ref())?;
     let findings = look(&arguments.dir, environment);
     findings::print(&findings, arguments.output.is_json())?;
-    let code = if findings::any_failed(&findings) { exit::USAGE } else { 0 };
+    let code = if findings::any_failed(&findings) {
+        exit::USAGE
+    } else {
+        0
+    };
     Ok(ExitCode::from(code))
 }
 
@@ -62,10 +70,18 @@ fn load(arguments: &Arguments) -> anyhow::Result<Option<Config>> {
     Config::load(path).map(Some)
 }
 
-fn choose<'a>(arguments: &Arguments, config: Option<&'a Config>) -> anyhow::Result<Option<&'a Environment>> {
-    let Some(config) = config else { return Ok(None) };
+fn choose<'a>(
+    arguments: &Arguments,
+    config: Option<&'a Config>,
+) -> anyhow::Result<Option<&'a Environment>> {
+    let Some(config) = config else {
+        return Ok(None);
+    };
     match (&arguments.environment, config.environments.as_slice()) {
-        (Some(name), _) => config.environment(name).map(Some).with_context(|| format!("agent.yaml has no environment {name:?}")),
+        (Some(name), _) => config
+            .environment(name)
+            .map(Some)
+            .with_context(|| format!("agent.yaml has no environment {name:?}")),
         (None, [only]) => Ok(Some(only)),
         (None, _) => Ok(None),
     }
@@ -100,8 +116,14 @@ fn read_pipeline(tree: &Path, path: &str) -> Result<Pipeline, Box<Finding>> {
         ),
         _ => fail(format!("cannot read it: {error}"), "it must be a regular file of at most 256 KiB"),
     })?;
-    let text = String::from_utf8(bytes).map_err(|_| fail("it is not UTF-8".to_owned(), "save it as UTF-8"))?;
-    pipeline::parse(path, &text).map_err(|diagnostic| fail(diagnostic.to_string(), "mend the line that the caret points at"))
+    let text = String::from_utf8(bytes)
+        .map_err(|_| fail("it is not UTF-8".to_owned(), "save it as UTF-8"))?;
+    pipeline::parse(path, &text).map_err(|diagnostic| {
+        fail(
+            diagnostic.to_string(),
+            "mend the line that the caret points at",
+        )
+    })
 }
 
 fn summary(pipeline: &Pipeline) -> String {
@@ -135,22 +157,39 @@ fn look_at_image(tree: &Path, path: &str, pipeline: &Pipeline) -> Vec<Finding> {
                 std::io::ErrorKind::NotFound => format!("there is no {dockerfile} in this tree"),
                 _ => format!("cannot read {dockerfile}: {error}"),
             };
-            findings.push(Finding::fail("dockerfile", says, format!("set `image.dockerfile` in {path}")));
+            findings.push(Finding::fail(
+                "dockerfile",
+                says,
+                format!("set `image.dockerfile` in {path}"),
+            ));
             return findings;
         }
     };
     let stages = stages(&text);
-    let targets = pipeline.test.iter().filter_map(|test| test.target.as_ref()).chain(&image.target);
-    let missing: Vec<&String> = targets.filter(|target| !has_stage(&stages, target)).collect();
+    let targets = pipeline
+        .test
+        .iter()
+        .filter_map(|test| test.target.as_ref())
+        .chain(&image.target);
+    let missing: Vec<&String> = targets
+        .filter(|target| !has_stage(&stages, target))
+        .collect();
     findings.push(match missing.first() {
-        None => Finding::ok("dockerfile", format!("{dockerfile}, {} stages", stages.len())),
+        None => Finding::ok(
+            "dockerfile",
+            format!("{dockerfile}, {} stages", stages.len()),
+        ),
         Some(target) => {
             let known: Vec<&str> = stages.iter().flatten().map(String::as_str).collect();
             let fix = match known.as_slice() {
                 [] => format!("name a stage with `FROM … AS {target}`"),
                 known => format!("its stages are called {}", known.join(", ")),
             };
-            Finding::fail("dockerfile", format!("{dockerfile} has no stage {target:?}, which {path} names as `target`"), fix)
+            Finding::fail(
+                "dockerfile",
+                format!("{dockerfile} has no stage {target:?}, which {path} names as `target`"),
+                fix,
+            )
         }
     });
     findings
@@ -158,31 +197,57 @@ fn look_at_image(tree: &Path, path: &str, pipeline: &Pipeline) -> Vec<Finding> {
 
 /// The stages of a Dockerfile, with their names where they have one.
 fn stages(dockerfile: &str) -> Vec<Option<String>> {
-    let lines = dockerfile.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-    let froms = lines.filter(|words| words.first().is_some_and(|word| word.eq_ignore_ascii_case("FROM")));
+    let lines = dockerfile
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let froms = lines.filter(|words| {
+        words
+            .first()
+            .is_some_and(|word| word.eq_ignore_ascii_case("FROM"))
+    });
     froms
         .map(|words| {
-            let at = words.iter().position(|word| word.eq_ignore_ascii_case("AS"))?;
+            let at = words
+                .iter()
+                .position(|word| word.eq_ignore_ascii_case("AS"))?;
             words.get(at + 1).map(|name| name.to_ascii_lowercase())
         })
         .collect()
 }
 
 fn has_stage(stages: &[Option<String>], target: &str) -> bool {
-    let is_number = target.parse::<usize>().is_ok_and(|number| number < stages.len());
-    is_number || stages.iter().flatten().any(|name| name.eq_ignore_ascii_case(target))
+    let is_number = target
+        .parse::<usize>()
+        .is_ok_and(|number| number < stages.len());
+    is_number
+        || stages
+            .iter()
+            .flatten()
+            .any(|name| name.eq_ignore_ascii_case(target))
 }
 
 fn read_manifests(tree: &Path, pipeline: &Pipeline) -> Result<Vec<Manifest>, Box<Finding>> {
     let fail = |says: String, fix: &str| Box::new(Finding::fail("manifests", says, fix));
-    let files = manifest_files::read(tree, &pipeline.deploy.manifests)
-        .map_err(|says| fail(says, "set `deploy.manifests` to files and folders of this repository"))?;
-    manifests::read(&files)
-        .map_err(|diagnostic| fail(diagnostic.to_string(), "mend it there; `kubectl explain KIND` tells what a kind may hold"))
+    let files = manifest_files::read(tree, &pipeline.deploy.manifests).map_err(|says| {
+        fail(
+            says,
+            "set `deploy.manifests` to files and folders of this repository",
+        )
+    })?;
+    manifests::read(&files).map_err(|diagnostic| {
+        fail(
+            diagnostic.to_string(),
+            "mend it there; `kubectl explain KIND` tells what a kind may hold",
+        )
+    })
 }
 
 fn names(manifests: &[Manifest]) -> String {
-    let mut names: Vec<String> = manifests.iter().take(SHOWN_MAX).map(Manifest::display_name).collect();
+    let mut names: Vec<String> = manifests
+        .iter()
+        .take(SHOWN_MAX)
+        .map(Manifest::display_name)
+        .collect();
     if manifests.len() > SHOWN_MAX {
         names.push(format!("and {} more", manifests.len() - SHOWN_MAX));
     }
@@ -190,19 +255,44 @@ fn names(manifests: &[Manifest]) -> String {
 }
 
 /// Whether any container runs the image that is built.
-fn look_at_images(pipeline: &Pipeline, environment: Option<&Environment>, manifests: &[Manifest]) -> Finding {
+fn look_at_images(
+    pipeline: &Pipeline,
+    environment: Option<&Environment>,
+    manifests: &[Manifest],
+) -> Finding {
     let name = &pipeline.image.name;
     let prefixed = environment.map(|environment| format!("{}/{name}", environment.image_prefix));
-    let image = format!("{}@sha256:{}", prefixed.as_ref().unwrap_or(name), "0".repeat(64));
-    let repositories: Vec<String> =
-        [name.clone()].into_iter().chain(prefixed).chain(pipeline.image.replaces.iter().cloned()).collect();
+    let image = format!(
+        "{}@sha256:{}",
+        prefixed.as_ref().unwrap_or(name),
+        "0".repeat(64)
+    );
+    let repositories: Vec<String> = [name.clone()]
+        .into_iter()
+        .chain(prefixed)
+        .chain(pipeline.image.replaces.iter().cloned())
+        .collect();
     let namespace = environment.map_or("default", |environment| &environment.namespace);
-    let target = Target { namespace, repositories: &repositories, image: &image, build_id: 1, commit: "", title: "" };
+    let target = Target {
+        namespace,
+        repositories: &repositories,
+        image: &image,
+        build_id: 1,
+        commit: "",
+        title: "",
+    };
     match (render::render(&target, manifests), environment) {
-        (Ok(_), _) => Finding::ok("image", format!("the containers of {name} get what is built")),
-        (Err(cause), Some(_)) => Finding::fail("image", cause.sentence, cause.hint.unwrap_or_default()),
+        (Ok(_), _) => Finding::ok(
+            "image",
+            format!("the containers of {name} get what is built"),
+        ),
+        (Err(cause), Some(_)) => {
+            Finding::fail("image", cause.sentence, cause.hint.unwrap_or_default())
+        }
         (Err(cause), None) => {
-            let fix = format!("write {name}, or check with --config and --environment where it stands behind an `image_prefix`");
+            let fix = format!(
+                "write {name}, or check with --config and --environment where it stands behind an `image_prefix`"
+            );
             Finding::warn("image", cause.sentence, fix)
         }
     }
@@ -217,20 +307,37 @@ fn look_at_policy(environment: Option<&Environment>, manifests: &[Manifest]) -> 
         );
     };
     match policy::check(environment, manifests) {
-        Ok(()) => Finding::ok("policy", format!("environment {} allows all of it", environment.name)),
+        Ok(()) => Finding::ok(
+            "policy",
+            format!("environment {} allows all of it", environment.name),
+        ),
         Err(cause) => Finding::fail("policy", cause.sentence, cause.hint.unwrap_or_default()),
     }
 }
 
-fn look_at_smoke_tests(pipeline: &Pipeline, environment: Option<&Environment>, manifests: &[Manifest]) -> Vec<Finding> {
-    let services: Vec<&str> = manifests.iter().filter(|one| one.kind() == "Service").map(Manifest::name).collect();
+fn look_at_smoke_tests(
+    pipeline: &Pipeline,
+    environment: Option<&Environment>,
+    manifests: &[Manifest],
+) -> Vec<Finding> {
+    let services: Vec<&str> = manifests
+        .iter()
+        .filter(|one| one.kind() == "Service")
+        .map(Manifest::name)
+        .collect();
     let look_at_one = |test: &pipeline::SmokeTest| match (&test.service, &test.url) {
         (Some(service), _) if !services.contains(&service.as_str()) => {
             let says = format!("service {service:?} is not among the manifests");
-            Some(Finding::warn("smoke test", says, "name one of them, unless it is in the namespace already"))
+            Some(Finding::warn(
+                "smoke test",
+                says,
+                "name one of them, unless it is in the namespace already",
+            ))
         }
         (_, Some(url)) => {
-            let host = url::Url::parse(url).ok().and_then(|url| url.host_str().map(str::to_owned));
+            let host = url::Url::parse(url)
+                .ok()
+                .and_then(|url| url.host_str().map(str::to_owned));
             let allowed = &environment?.smoke_test_hosts;
             let is_allowed = host.is_some_and(|host| allowed.contains(&host));
             (!is_allowed).then(|| {
@@ -264,7 +371,10 @@ mod tests {
         let stages = stages(
             "ARG X\nFROM a AS Base\n# FROM no AS comment\nfrom --platform=linux/amd64 b\nRUN echo FROM x AS y\nFROM Base as test\n",
         );
-        assert_eq!(stages, [Some("base".to_owned()), None, Some("test".to_owned())]);
+        assert_eq!(
+            stages,
+            [Some("base".to_owned()), None, Some("test".to_owned())]
+        );
         assert!(has_stage(&stages, "TEST") && has_stage(&stages, "1"));
         assert!(!has_stage(&stages, "3") && !has_stage(&stages, "y"));
     }

@@ -419,14 +419,26 @@ fn without_a_readiness_probe_a_program_must_live_for_a_moment() {
     let mut documents = healthy();
     let mut history = History::default();
     let at = |documents: &[Value], seconds, history: &mut History| {
-        judge(&healthy_target(), &snapshot(documents, seconds), false, history)
+        judge(
+            &healthy_target(),
+            &snapshot(documents, seconds),
+            false,
+            history,
+        )
     };
-    assert!(matches!(at(&documents, 3, &mut history), Verdict::NotYet { .. }));
+    assert!(matches!(
+        at(&documents, 3, &mut history),
+        Verdict::NotYet { .. }
+    ));
     assert_eq!(at(&documents, 6, &mut history), Verdict::Complete);
     for pod in [2, 3] {
-        documents[pod]["spec"]["containers"][0]["readinessProbe"] = json!({"httpGet": {"port": 80}});
+        documents[pod]["spec"]["containers"][0]["readinessProbe"] =
+            json!({"httpGet": {"port": 80}});
     }
-    assert_eq!(at(&documents, 3, &mut History::default()), Verdict::Complete);
+    assert_eq!(
+        at(&documents, 3, &mut History::default()),
+        Verdict::Complete
+    );
 }
 
 #[test]

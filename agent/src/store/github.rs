@@ -50,7 +50,13 @@ impl Store {
         let mut untold = Vec::with_capacity(rows.len());
         for row in rows {
             if let Some(build) = self.build(row.id).await? {
-                untold.push(Untold { build, told: row.told, tries: row.tries, next_at: row.next_at, problem: row.problem });
+                untold.push(Untold {
+                    build,
+                    told: row.told,
+                    tries: row.tries,
+                    next_at: row.next_at,
+                    problem: row.problem,
+                });
             }
         }
         Ok(untold)
@@ -62,11 +68,23 @@ impl Store {
     }
 
     /// GitHub could not be told: tried again from `next_at` on.
-    pub async fn not_told(&self, build_id: i64, next_at: Millis, problem: &str) -> anyhow::Result<()> {
-        self.note_github(build_id, None, next_at, Some(problem)).await
+    pub async fn not_told(
+        &self,
+        build_id: i64,
+        next_at: Millis,
+        problem: &str,
+    ) -> anyhow::Result<()> {
+        self.note_github(build_id, None, next_at, Some(problem))
+            .await
     }
 
-    async fn note_github(&self, build_id: i64, told: Option<&str>, next_at: Millis, problem: Option<&str>) -> anyhow::Result<()> {
+    async fn note_github(
+        &self,
+        build_id: i64,
+        told: Option<&str>,
+        next_at: Millis,
+        problem: Option<&str>,
+    ) -> anyhow::Result<()> {
         on!(&self.main, pool => sqlx::query(
                 "INSERT INTO github_outbox (build_id, told, told_at, tries, next_at, problem) \
                  VALUES ($1, $2, $3, CASE WHEN CAST($2 AS TEXT) IS NULL THEN 1 ELSE 0 END, $4, $5) \

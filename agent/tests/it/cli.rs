@@ -16,7 +16,14 @@ const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 fn landfall(words: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_landfall"));
     command.args(words).stdin(Stdio::null());
-    for name in ["LANDFALL_SERVER", "LANDFALL_TOKEN", "LANDFALL_TOKEN_FILE", "LANDFALL_LOG", "RUST_LOG", "DOCKER_HOST"] {
+    for name in [
+        "LANDFALL_SERVER",
+        "LANDFALL_TOKEN",
+        "LANDFALL_TOKEN_FILE",
+        "LANDFALL_LOG",
+        "RUST_LOG",
+        "DOCKER_HOST",
+    ] {
         command.env_remove(name);
     }
     command
@@ -25,8 +32,13 @@ fn landfall(words: &[&str]) -> Command {
 /// Runs a command against an agent, beside it: the agent lives in this process.
 async fn run(agent: &FakeAgent, words: &[&str]) -> Output {
     let mut command = landfall(words);
-    command.env("LANDFALL_SERVER", format!("http://{}", agent.address)).env("LANDFALL_TOKEN", TOKEN);
-    tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap()
+    command
+        .env("LANDFALL_SERVER", format!("http://{}", agent.address))
+        .env("LANDFALL_TOKEN", TOKEN);
+    tokio::task::spawn_blocking(move || command.output())
+        .await
+        .unwrap()
+        .unwrap()
 }
 
 fn out(output: &Output) -> String {
@@ -52,12 +64,24 @@ async fn a_log_is_followed_over_lost_connections_without_gaps_or_doubles() {
         Ending::CutAfter(500),
         Ending::End,
     ];
-    let agent = FakeAgent::start(build("failed", "rolled_back"), numbered(1000), endings.to_vec()).await;
+    let agent = FakeAgent::start(
+        build("failed", "rolled_back"),
+        numbered(1000),
+        endings.to_vec(),
+    )
+    .await;
     let output = run(&agent, &["logs", "-f", "42"]).await;
-    let expected: String = numbered(1000).iter().map(|line| format!("{line}\n")).collect();
+    let expected: String = numbered(1000)
+        .iter()
+        .map(|line| format!("{line}\n"))
+        .collect();
     assert!(out(&output) == expected, "{}", talk(&output));
     assert_eq!(output.status.code(), Some(3), "{}", talk(&output));
-    assert!(talk(&output).contains("build #42 failed"), "{}", talk(&output));
+    assert!(
+        talk(&output).contains("build #42 failed"),
+        "{}",
+        talk(&output)
+    );
     assert_eq!(agent.play().asked.len(), endings.len());
     assert!(agent.play().asked.is_sorted());
 }
@@ -78,8 +102,7 @@ async fn the_exit_code_tells_how_a_build_ended() {
         assert_eq!(output.status.code(), Some(code), "{status} {outcome}");
     }
     let mut late = build("failed", "unchanged");
-    late["cause"] =
-        serde_json::json!({ "id": "time_out", "sentence": "tests took longer than 5 s", "object": null, "hint": null });
+    late["cause"] = serde_json::json!({ "id": "time_out", "sentence": "tests took longer than 5 s", "object": null, "hint": null });
     let agent = FakeAgent::start(late, numbered(1), vec![Ending::End]).await;
     let output = run(&agent, &["rerun", "42"]).await;
     assert_eq!(output.status.code(), Some(124));
@@ -92,8 +115,14 @@ async fn the_exit_code_tells_how_a_build_ended() {
 
 #[tokio::test]
 async fn what_a_log_holds_cannot_command_a_terminal() {
-    let lines = ["\u{1b}[31mred\u{1b}[0m", "a\u{1b}]52;c;aGk=\u{7}b", "\u{1b}[2J\u{1b}[1Agone?", "10%\r20%", "\u{9b}2Jx"]
-        .map(str::to_owned);
+    let lines = [
+        "\u{1b}[31mred\u{1b}[0m",
+        "a\u{1b}]52;c;aGk=\u{7}b",
+        "\u{1b}[2J\u{1b}[1Agone?",
+        "10%\r20%",
+        "\u{9b}2Jx",
+    ]
+    .map(str::to_owned);
     let agent = FakeAgent::start(build("passed", "live"), lines.to_vec(), vec![Ending::End]).await;
     let clean = "red\nab\ngone?\n10%\n20%\nx\n";
     for words in [&["logs", "42"][..], &["logs", "-f", "42"][..]] {
@@ -103,19 +132,42 @@ async fn what_a_log_holds_cannot_command_a_terminal() {
     assert_eq!(out(&run(&agent, &["logs", "--raw", "42"]).await), raw);
     for words in [&["status"][..], &["status", "42"][..]] {
         let shown = out(&run(&agent, words).await);
-        assert!(shown.contains("Greet louder") && shown.contains("passed"), "{shown}");
-        assert!(!shown.contains('\u{1b}') && !shown.contains('\u{202e}'), "{shown:?}");
+        assert!(
+            shown.contains("Greet louder") && shown.contains("passed"),
+            "{shown}"
+        );
+        assert!(
+            !shown.contains('\u{1b}') && !shown.contains('\u{202e}'),
+            "{shown:?}"
+        );
     }
 }
 
 #[tokio::test]
 async fn a_closed_pipe_ends_a_command_quietly() {
-    let agent = FakeAgent::start(build("running", "unchanged"), numbered(200_000), vec![Ending::End]).await;
-    let mut command = landfall(&["logs", "-f", "42", "--server", &format!("http://{}", agent.address)]);
+    let agent = FakeAgent::start(
+        build("running", "unchanged"),
+        numbered(200_000),
+        vec![Ending::End],
+    )
+    .await;
+    let mut command = landfall(&[
+        "logs",
+        "-f",
+        "42",
+        "--server",
+        &format!("http://{}", agent.address),
+    ]);
     let output = tokio::task::spawn_blocking(move || {
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut child = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
         let mut first = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut first).unwrap();
+        BufReader::new(child.stdout.take().unwrap())
+            .read_line(&mut first)
+            .unwrap();
         assert_eq!(first, "line 1\n");
         child.wait_with_output().unwrap()
     });
@@ -126,11 +178,22 @@ async fn a_closed_pipe_ends_a_command_quietly() {
 
 #[tokio::test]
 async fn ctrl_c_ends_the_watching_and_not_the_build() {
-    let agent = FakeAgent::start(build("running", "unchanged"), numbered(3), vec![Ending::HangAfter(3)]).await;
+    let agent = FakeAgent::start(
+        build("running", "unchanged"),
+        numbered(3),
+        vec![Ending::HangAfter(3)],
+    )
+    .await;
     let mut command = landfall(&["logs", "-f", "42"]);
-    command.env("LANDFALL_SERVER", format!("http://{}", agent.address)).env("LANDFALL_TOKEN", TOKEN);
+    command
+        .env("LANDFALL_SERVER", format!("http://{}", agent.address))
+        .env("LANDFALL_TOKEN", TOKEN);
     let output = tokio::task::spawn_blocking(move || {
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut child = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         while lines.next().unwrap().unwrap() != "line 3" {}
         interrupt(&child);
@@ -138,7 +201,11 @@ async fn ctrl_c_ends_the_watching_and_not_the_build() {
     });
     let output = output.await.unwrap();
     assert_eq!(output.status.code(), Some(130), "{}", talk(&output));
-    assert!(talk(&output).contains("build #42 goes on"), "{}", talk(&output));
+    assert!(
+        talk(&output).contains("build #42 goes on"),
+        "{}",
+        talk(&output)
+    );
     assert!(agent.play().posts.is_empty());
 }
 
@@ -149,22 +216,50 @@ fn interrupt(child: &Child) {
 
 #[tokio::test]
 async fn writes_carry_the_token_and_without_one_it_is_said_how_to_give_it() {
-    let agent = FakeAgent::start(build("running", "unchanged"), numbered(1), vec![Ending::End]).await;
+    let agent = FakeAgent::start(
+        build("running", "unchanged"),
+        numbered(1),
+        vec![Ending::End],
+    )
+    .await;
     assert_eq!(run(&agent, &["cancel", "42"]).await.status.code(), Some(0));
     assert_eq!(agent.play().posts, ["cancel"]);
-    let mut command = landfall(&["cancel", "42", "--server", &format!("http://{}", agent.address)]);
-    let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+    let mut command = landfall(&[
+        "cancel",
+        "42",
+        "--server",
+        &format!("http://{}", agent.address),
+    ]);
+    let output = tokio::task::spawn_blocking(move || command.output().unwrap())
+        .await
+        .unwrap();
     assert_eq!(output.status.code(), Some(2));
-    assert!(talk(&output).contains("LANDFALL_TOKEN"), "{}", talk(&output));
+    assert!(
+        talk(&output).contains("LANDFALL_TOKEN"),
+        "{}",
+        talk(&output)
+    );
     assert_eq!(run(&agent, &["cancel", "43"]).await.status.code(), Some(2));
 }
 
 #[test]
 fn an_agent_that_is_away_is_exit_5_with_what_to_do() {
-    for words in [&["status"][..], &["logs", "-f", "42"][..], &["build", "main"][..], &["rerun", "42"][..]] {
-        let output = landfall(words).args(["--server", "http://127.0.0.1:1"]).output().unwrap();
+    for words in [
+        &["status"][..],
+        &["logs", "-f", "42"][..],
+        &["build", "main"][..],
+        &["rerun", "42"][..],
+    ] {
+        let output = landfall(words)
+            .args(["--server", "http://127.0.0.1:1"])
+            .output()
+            .unwrap();
         assert_eq!(output.status.code(), Some(5), "{words:?}");
-        assert!(talk(&output).contains("landfall serve"), "{}", talk(&output));
+        assert!(
+            talk(&output).contains("landfall serve"),
+            "{}",
+            talk(&output)
+        );
         assert!(output.stdout.is_empty());
     }
 }
@@ -180,15 +275,27 @@ fn words_that_are_not_understood_are_exit_2() {
         &["status", "--status", "red"][..],
         &["deploy"][..],
     ] {
-        assert_eq!(landfall(words).output().unwrap().status.code(), Some(2), "{words:?}");
+        assert_eq!(
+            landfall(words).output().unwrap().status.code(),
+            Some(2),
+            "{words:?}"
+        );
     }
 }
 
 #[test]
 fn the_schema_is_draft_07_and_knows_every_key() {
-    let schema: Value = serde_json::from_slice(&landfall(&["schema"]).output().unwrap().stdout).unwrap();
+    let schema: Value =
+        serde_json::from_slice(&landfall(&["schema"]).output().unwrap().stdout).unwrap();
     assert_eq!(schema["$schema"], "http://json-schema.org/draft-07/schema#");
-    for key in ["image", "test", "deploy", "verify", "smoke_test", "rollback"] {
+    for key in [
+        "image",
+        "test",
+        "deploy",
+        "verify",
+        "smoke_test",
+        "rollback",
+    ] {
         assert!(schema["properties"][key].is_object(), "{key}");
     }
 }
@@ -241,7 +348,12 @@ fn a_good_tree_is_valid_and_what_is_fine_is_said() {
     let tree = tree();
     let (code, said) = validate(tree.path());
     assert_eq!(code, Some(0), "{said}");
-    for part in ["image web, 1 test", "2 stages", "deployment/web, service/web", "environment hello allows"] {
+    for part in [
+        "image web, 1 test",
+        "2 stages",
+        "deployment/web, service/web",
+        "environment hello allows",
+    ] {
         assert!(said.contains(part), "{part}: {said}");
     }
     let (code, said) = validate(&Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
@@ -251,21 +363,54 @@ fn a_good_tree_is_valid_and_what_is_fine_is_said() {
 #[test]
 fn what_a_push_would_be_refused_for_is_found_before_it() {
     let cases = [
-        ("pipeline.yaml", "manifests", "manifest", "did you mean `manifests`"),
-        ("pipeline.yaml", "target: test", "target: tests", "its stages are called test"),
-        ("pipeline.yaml", "k8s/", "kube/", "kube/ is not in the repository"),
+        (
+            "pipeline.yaml",
+            "manifests",
+            "manifest",
+            "did you mean `manifests`",
+        ),
+        (
+            "pipeline.yaml",
+            "target: test",
+            "target: tests",
+            "its stages are called test",
+        ),
+        (
+            "pipeline.yaml",
+            "k8s/",
+            "kube/",
+            "kube/ is not in the repository",
+        ),
         ("pipeline.yaml", "k8s/", "../k8s", "inside the repository"),
         ("pipeline.yaml", "name: web }", "name: other }", "other"),
-        ("k8s/web.yaml", "kind: Service", "kind: Secret", "kind Secret of v1 is not allowed"),
-        ("k8s/web.yaml", "spec: { containers", "spec: { hostNetwork: true, containers", "hostNetwork"),
-        ("k8s/web.yaml", "kind: Service\n", "kind: Service\n\tx", "k8s/web.yaml:"),
+        (
+            "k8s/web.yaml",
+            "kind: Service",
+            "kind: Secret",
+            "kind Secret of v1 is not allowed",
+        ),
+        (
+            "k8s/web.yaml",
+            "spec: { containers",
+            "spec: { hostNetwork: true, containers",
+            "hostNetwork",
+        ),
+        (
+            "k8s/web.yaml",
+            "kind: Service\n",
+            "kind: Service\n\tx",
+            "k8s/web.yaml:",
+        ),
     ];
     for (file, from, to, expected) in cases {
         let tree = tree();
         edit(tree.path(), file, from, to);
         let (code, said) = validate(tree.path());
         assert_eq!(code, Some(2), "{to}: {said}");
-        assert!(said.contains("FAIL") && said.contains(expected), "{to}: {said}");
+        assert!(
+            said.contains("FAIL") && said.contains(expected),
+            "{to}: {said}"
+        );
     }
     let tree = tree();
     std::fs::remove_file(tree.path().join("Dockerfile")).unwrap();
@@ -279,10 +424,18 @@ fn doctor_says_everything_that_is_missing_and_its_fix_in_time() {
     let tree = tree();
     let begun = Instant::now();
     let doctor = |words: &[&str]| {
-        landfall(words).current_dir(tree.path()).env("DOCKER_HOST", "unix:///nowhere/docker.sock").output().unwrap()
+        landfall(words)
+            .current_dir(tree.path())
+            .env("DOCKER_HOST", "unix:///nowhere/docker.sock")
+            .output()
+            .unwrap()
     };
     let output = doctor(&["doctor", "--output", "json"]);
-    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+    assert!(
+        begun.elapsed() < Duration::from_secs(20),
+        "{:?}",
+        begun.elapsed()
+    );
     assert_eq!(output.status.code(), Some(5), "{}", talk(&output));
     let json: Value = serde_json::from_slice(&output.stdout).unwrap();
     let level = |check: &str| {
@@ -290,7 +443,12 @@ fn doctor_says_everything_that_is_missing_and_its_fix_in_time() {
         let found = findings.iter().find(|finding| finding["check"] == check);
         found.unwrap_or_else(|| panic!("{check}: {json}"))["level"].clone()
     };
-    for check in ["docker", "hello: clone", "hello: registry", "hello: cluster"] {
+    for check in [
+        "docker",
+        "hello: clone",
+        "hello: registry",
+        "hello: cluster",
+    ] {
         assert_eq!(level(check), "fail", "{check}");
     }
     for check in ["agent", "github token"] {
@@ -301,42 +459,85 @@ fn doctor_says_everything_that_is_missing_and_its_fix_in_time() {
     }
     assert!(!tree.path().join("data").exists(), "doctor changes nothing");
     let text = out(&doctor(&["doctor"]));
-    assert!(text.contains("FAIL  docker") && text.contains("fix: start Docker"), "{text}");
+    assert!(
+        text.contains("FAIL  docker") && text.contains("fix: start Docker"),
+        "{text}"
+    );
     assert!(!text.contains("0123456789abcdef"), "{text}");
-    assert_eq!(doctor(&["doctor", "--config", "none.yaml"]).status.code(), Some(2));
+    assert_eq!(
+        doctor(&["doctor", "--config", "none.yaml"]).status.code(),
+        Some(2)
+    );
 }
 
 #[tokio::test]
 async fn the_command_line_and_a_real_agent_understand_each_other() {
     let folder = tempfile::tempdir().unwrap();
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = std::net::TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port();
     std::fs::write(folder.path().join("agent.yaml"), agent_yaml(port, 4)).unwrap();
     let here = |words: &[&str]| {
         let mut command = landfall(words);
         command.current_dir(folder.path());
         command
     };
-    let mut agent = here(&["serve"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let mut agent = here(&["serve"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
     eventually("the agent answers", Duration::from_secs(20), async || {
-        here(&["status"]).output().unwrap().status.success().then_some(())
+        here(&["status"])
+            .output()
+            .unwrap()
+            .status
+            .success()
+            .then_some(())
     })
     .await;
     let output = here(&["build", COMMIT]).output().unwrap();
-    assert_eq!(output.status.code(), Some(5), "nothing can be cloned: {}", talk(&output));
+    assert_eq!(
+        output.status.code(),
+        Some(5),
+        "nothing can be cloned: {}",
+        talk(&output)
+    );
     assert!(out(&output).contains("127.0.0.1:1"), "{}", out(&output));
-    assert!(talk(&output).contains("build #1 errored"), "{}", talk(&output));
+    assert!(
+        talk(&output).contains("build #1 errored"),
+        "{}",
+        talk(&output)
+    );
     let output = here(&["rerun", "1", "--no-wait"]).output().unwrap();
     assert_eq!(out(&output), "2\n", "{}", talk(&output));
-    assert_eq!(here(&["cancel", "2"]).output().unwrap().status.code(), Some(0));
-    assert_eq!(here(&["logs", "-f", "2"]).output().unwrap().status.code(), Some(130));
-    let output = here(&["build", &COMMIT[..8], "--no-wait", "--output", "json"]).output().unwrap();
+    assert_eq!(
+        here(&["cancel", "2"]).output().unwrap().status.code(),
+        Some(0)
+    );
+    assert_eq!(
+        here(&["logs", "-f", "2"]).output().unwrap().status.code(),
+        Some(130)
+    );
+    let output = here(&["build", &COMMIT[..8], "--no-wait", "--output", "json"])
+        .output()
+        .unwrap();
     let json: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(json["builds"][0]["commit"], COMMIT);
     assert!(out(&here(&["status"]).output().unwrap()).contains("#1  errored"));
     assert!(out(&here(&["status", "1"]).output().unwrap()).contains("Checkout Code"));
-    assert_eq!(here(&["status", "99"]).output().unwrap().status.code(), Some(2));
+    assert_eq!(
+        here(&["status", "99"]).output().unwrap().status.code(),
+        Some(2)
+    );
     let output = here(&["build", "other"]).output().unwrap();
-    assert!(talk(&output).contains("hello (branch main)"), "{}", talk(&output));
+    assert!(
+        talk(&output).contains("hello (branch main)"),
+        "{}",
+        talk(&output)
+    );
     interrupt(&agent);
     assert!(agent.wait().unwrap().success());
 }

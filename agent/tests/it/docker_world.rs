@@ -2,8 +2,8 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicI64, Ordering};
 use std::process::Command;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
@@ -41,13 +41,16 @@ impl World {
         );
         let path = folder.path().join("agent.yaml");
         std::fs::write(&path, &yaml).unwrap();
-        let config = Config::load_with(&path, &|_| None).unwrap_or_else(|error| panic!("{yaml}: {error:#}"));
+        let config =
+            Config::load_with(&path, &|_| None).unwrap_or_else(|error| panic!("{yaml}: {error:#}"));
         let log = BuildLog::new(Masker::default(), 1 << 30, 0);
         let text = Arc::new(Mutex::new(Vec::new()));
         let (source, sink) = (log.clone(), text.clone());
         tokio::spawn(async move {
             while let Some(lines) = source.drain().await {
-                lines.iter().for_each(|line| sink.lock().unwrap().extend_from_slice(&line.bytes));
+                lines
+                    .iter()
+                    .for_each(|line| sink.lock().unwrap().extend_from_slice(&line.bytes));
             }
         });
         Self {
@@ -89,7 +92,8 @@ impl World {
             title: "A commit".to_owned(),
             author: "somebody".to_owned(),
             tree: self.tree(),
-            pipeline: pipeline::parse("pipeline.yaml", &text).unwrap_or_else(|problem| panic!("{problem}")),
+            pipeline: pipeline::parse("pipeline.yaml", &text)
+                .unwrap_or_else(|problem| panic!("{problem}")),
         }
     }
 
@@ -103,9 +107,15 @@ impl World {
         // What was written before is drained before this.
         let mark = format!("end of log {}", self.build.id);
         self.stage_log.line(&mark);
-        support::eventually("the log is drained", Duration::from_secs(10), async || self.so_far().contains(&mark).then_some(())).await;
+        support::eventually("the log is drained", Duration::from_secs(10), async || {
+            self.so_far().contains(&mark).then_some(())
+        })
+        .await;
         let bytes = self.text.lock().unwrap().clone();
-        let end = bytes.windows(mark.len()).rposition(|window| window == mark.as_bytes()).unwrap();
+        let end = bytes
+            .windows(mark.len())
+            .rposition(|window| window == mark.as_bytes())
+            .unwrap();
         bytes[..end].to_vec()
     }
 
@@ -149,7 +159,11 @@ pub fn base() -> String {
 /// Runs the docker command line; panics with what it said when it fails.
 pub fn docker(arguments: &[&str]) -> String {
     let output = Command::new("docker").args(arguments).output().unwrap();
-    assert!(output.status.success(), "docker {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "docker {arguments:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     String::from_utf8(output.stdout).unwrap().trim().to_owned()
 }
 
@@ -201,6 +215,14 @@ pub fn agent_error<T: std::fmt::Debug>(result: StageResult<T>) -> String {
 
 /// The processes of this machine whose command line holds the text.
 pub fn processes(text: &str) -> usize {
-    let lines = std::fs::read_dir("/proc").unwrap().filter_map(|entry| std::fs::read(entry.ok()?.path().join("cmdline")).ok());
-    lines.filter(|line| String::from_utf8_lossy(line).replace('\0', " ").contains(text)).count()
+    let lines = std::fs::read_dir("/proc")
+        .unwrap()
+        .filter_map(|entry| std::fs::read(entry.ok()?.path().join("cmdline")).ok());
+    lines
+        .filter(|line| {
+            String::from_utf8_lossy(line)
+                .replace('\0', " ")
+                .contains(text)
+        })
+        .count()
 }

@@ -59,8 +59,17 @@ pub fn build(status: &str, outcome: &str) -> Value {
 impl FakeAgent {
     pub async fn start(build: Value, lines: Vec<String>, endings: Vec<Ending>) -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let play = Play { build, lines, endings, asked: Vec::new(), posts: Vec::new() };
-        let fake = Self { address: listener.local_addr().unwrap(), play: Arc::new(Mutex::new(play)) };
+        let play = Play {
+            build,
+            lines,
+            endings,
+            asked: Vec::new(),
+            posts: Vec::new(),
+        };
+        let fake = Self {
+            address: listener.local_addr().unwrap(),
+            play: Arc::new(Mutex::new(play)),
+        };
         let routes = Router::new()
             .route("/api/builds", get(list))
             .route("/api/builds/42", get(one))
@@ -86,7 +95,12 @@ async fn one(State(agent): State<FakeAgent>) -> Json<Value> {
 }
 
 async fn log(State(agent): State<FakeAgent>) -> String {
-    agent.play().lines.iter().map(|line| format!("{line}\n")).collect()
+    agent
+        .play()
+        .lines
+        .iter()
+        .map(|line| format!("{line}\n"))
+        .collect()
 }
 
 async fn write(
@@ -94,8 +108,15 @@ async fn write(
     axum::extract::Path(action): axum::extract::Path<String>,
     headers: HeaderMap,
 ) -> Response {
-    if headers.get("authorization").is_none_or(|value| value != format!("Bearer {TOKEN}").as_str()) {
-        return (StatusCode::UNAUTHORIZED, Json(json!({ "error": "needs a token" }))).into_response();
+    if headers
+        .get("authorization")
+        .is_none_or(|value| value != format!("Bearer {TOKEN}").as_str())
+    {
+        return (
+            StatusCode::UNAUTHORIZED,
+            Json(json!({ "error": "needs a token" })),
+        )
+            .into_response();
     }
     let mut play = agent.play();
     play.posts.push(action);
@@ -109,7 +130,13 @@ async fn live(State(agent): State<FakeAgent>, headers: HeaderMap) -> Response {
     play.asked.push(last);
     // One line twice, as after a restart that lost sight of what was sent.
     let from = usize::try_from(last).unwrap().saturating_sub(1);
-    let events: Vec<String> = play.lines.iter().enumerate().skip(from).map(|(at, text)| event(at + 1, text)).collect();
+    let events: Vec<String> = play
+        .lines
+        .iter()
+        .enumerate()
+        .skip(from)
+        .map(|(at, text)| event(at + 1, text))
+        .collect();
     drop(play);
     let (count, rest) = match ending {
         Ending::Busy => return StatusCode::SERVICE_UNAVAILABLE.into_response(),
@@ -120,7 +147,12 @@ async fn live(State(agent): State<FakeAgent>, headers: HeaderMap) -> Response {
     let mut text: String = events.into_iter().take(count).collect();
     text.insert_str(0, "retry: 2000\n\n: alive\n\nevent: build\ndata: {}\n\n");
     text.push_str(rest);
-    let begin = stream::iter(text.into_bytes().chunks(1000).map(|piece| Ok(Bytes::copy_from_slice(piece))).collect::<Vec<_>>());
+    let begin = stream::iter(
+        text.into_bytes()
+            .chunks(1000)
+            .map(|piece| Ok(Bytes::copy_from_slice(piece)))
+            .collect::<Vec<_>>(),
+    );
     let end = stream::once(async move {
         match ending {
             Ending::CutAfter(_) => Err(std::io::Error::other("cut")),
@@ -128,7 +160,10 @@ async fn live(State(agent): State<FakeAgent>, headers: HeaderMap) -> Response {
             _ => Ok(Bytes::new()),
         }
     });
-    Response::builder().header("content-type", "text/event-stream").body(Body::from_stream(begin.chain(end))).unwrap()
+    Response::builder()
+        .header("content-type", "text/event-stream")
+        .body(Body::from_stream(begin.chain(end)))
+        .unwrap()
 }
 
 fn event(number: usize, text: &str) -> String {

@@ -52,7 +52,10 @@ pub struct FakeGithub {
 impl FakeGithub {
     pub async fn start() -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let fake = Self { address: listener.local_addr().unwrap(), kept: Arc::default() };
+        let fake = Self {
+            address: listener.local_addr().unwrap(),
+            kept: Arc::default(),
+        };
         let routes = Router::new()
             .route("/api/v3/repos/{owner}/{name}/statuses/{sha}", post(status))
             .route("/api/v3/repos/{owner}/{name}", get(repository))
@@ -82,7 +85,10 @@ impl FakeGithub {
     }
 
     pub fn states(&self, sha: &str, context: &str) -> Vec<String> {
-        self.shown(sha, context).into_iter().map(|shown| shown.state).collect()
+        self.shown(sha, context)
+            .into_iter()
+            .map(|shown| shown.state)
+            .collect()
     }
 
     pub fn requests(&self) -> Vec<(Instant, u16)> {
@@ -120,7 +126,13 @@ async fn status(
     answer
 }
 
-fn judge(kept: &mut Kept, repository: &str, sha: &str, headers: &HeaderMap, body: &Value) -> Response {
+fn judge(
+    kept: &mut Kept,
+    repository: &str,
+    sha: &str,
+    headers: &HeaderMap,
+    body: &Value,
+) -> Response {
     match kept.mood.unwrap_or(Mood::Well) {
         Mood::Well => {}
         Mood::Down => return refuse(502, ""),
@@ -140,7 +152,11 @@ fn judge(kept: &mut Kept, repository: &str, sha: &str, headers: &HeaderMap, body
         return refuse(404, "Not Found");
     }
     let text = |name: &str| body[name].as_str().unwrap_or_default().to_owned();
-    let shown = Shown { state: text("state"), description: text("description"), target_url: text("target_url") };
+    let shown = Shown {
+        state: text("state"),
+        description: text("description"),
+        target_url: text("target_url"),
+    };
     let is_state = ["pending", "success", "failure", "error"].contains(&shown.state.as_str());
     let is_plain = shown.description.chars().all(|c| c <= '\u{ffff}');
     if sha.len() != 40 || !is_state || !is_plain || shown.description.chars().count() > 140 {
@@ -153,7 +169,9 @@ fn judge(kept: &mut Kept, repository: &str, sha: &str, headers: &HeaderMap, body
 }
 
 fn is_known(headers: &HeaderMap) -> bool {
-    headers.get("authorization").is_some_and(|value| value == format!("Bearer {TOKEN}").as_str())
+    headers
+        .get("authorization")
+        .is_some_and(|value| value == format!("Bearer {TOKEN}").as_str())
 }
 
 fn refuse(code: u16, message: &str) -> Response {

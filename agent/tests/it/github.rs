@@ -28,10 +28,21 @@ struct Agent {
 impl Agent {
     async fn new(github: FakeGithub) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(&folder.path().join("data"), None).await.unwrap();
-        let mut agent = Self { folder, store, github, running: CancellationToken::new() };
+        let store = Store::open(&folder.path().join("data"), None)
+            .await
+            .unwrap();
+        let mut agent = Self {
+            folder,
+            store,
+            github,
+            running: CancellationToken::new(),
+        };
         let config = agent.config();
-        agent.store.ensure_environments(&config.environments).await.unwrap();
+        agent
+            .store
+            .ensure_environments(&config.environments)
+            .await
+            .unwrap();
         agent.start();
         agent
     }
@@ -57,7 +68,11 @@ impl Agent {
     fn start(&mut self) {
         self.running = CancellationToken::new();
         let config = Arc::new(self.config());
-        tokio::spawn(github::run(config, self.store.clone(), self.running.clone()));
+        tokio::spawn(github::run(
+            config,
+            self.store.clone(),
+            self.running.clone(),
+        ));
     }
 
     async fn queue(&self, environment: &str, branch: &str, commit: &str) -> i64 {
@@ -81,13 +96,18 @@ impl Agent {
 
     async fn end(&self, build: &Build, status: Status, sentence: &str) {
         let cause = Cause::new("tests_failed", sentence);
-        let ended = self.store.finish(build, status, Outcome::Unchanged, Some(&cause));
+        let ended = self
+            .store
+            .finish(build, status, Outcome::Unchanged, Some(&cause));
         assert!(ended.await.unwrap());
     }
 
     async fn states(&self, commit: &str, context: &str, wanted: &[&str]) {
         let what = format!("{context} of {commit} shows {wanted:?}");
-        eventually(&what, LIMIT, async || (self.github.states(commit, context) == wanted).then_some(())).await;
+        eventually(&what, LIMIT, async || {
+            (self.github.states(commit, context) == wanted).then_some(())
+        })
+        .await;
     }
 
     async fn told(&self, id: i64) -> bool {
@@ -108,12 +128,21 @@ async fn a_commit_shows_pending_and_then_how_it_ended_with_a_link() {
     let id = agent.queue("hello", "main", A).await;
     agent.states(A, HELLO, &["pending"]).await;
     let build = agent.claim().await;
-    agent.end(&build, Status::Failed, &"Prüfung zerbrach 🚀 ".repeat(20)).await;
+    agent
+        .end(&build, Status::Failed, &"Prüfung zerbrach 🚀 ".repeat(20))
+        .await;
     agent.states(A, HELLO, &["pending", "failure"]).await;
     let shown = agent.github.shown(A, HELLO).pop().unwrap();
-    assert_eq!(shown.target_url, format!("https://ci.example.org/builds/{id}"));
+    assert_eq!(
+        shown.target_url,
+        format!("https://ci.example.org/builds/{id}")
+    );
     assert_eq!(shown.description.chars().count(), 140);
-    assert!(shown.description.starts_with("Prüfung zerbrach \u{fffd} Prüfung"));
+    assert!(
+        shown
+            .description
+            .starts_with("Prüfung zerbrach \u{fffd} Prüfung")
+    );
 }
 
 #[tokio::test]
@@ -127,7 +156,10 @@ async fn everything_is_told_in_order_after_an_outage_and_a_restart() {
     let second = agent.claim().await;
     agent.end(&second, Status::Passed, "second").await;
     agent.queue("other", "main", B).await;
-    eventually("GitHub was asked in vain", LIMIT, async || (agent.github.requests().len() >= 2).then_some(())).await;
+    eventually("GitHub was asked in vain", LIMIT, async || {
+        (agent.github.requests().len() >= 2).then_some(())
+    })
+    .await;
     agent.running.cancel();
     agent.start();
     agent.github.be(Mood::Well);
@@ -140,7 +172,10 @@ async fn a_limit_is_kept_by_everyone_and_over_a_restart() {
     let mut agent = Agent::new(FakeGithub::start().await).await;
     agent.github.be(Mood::Limited(3));
     agent.queue("hello", "main", A).await;
-    eventually("GitHub was asked", LIMIT, async || (!agent.github.requests().is_empty()).then_some(())).await;
+    eventually("GitHub was asked", LIMIT, async || {
+        (!agent.github.requests().is_empty()).then_some(())
+    })
+    .await;
     agent.github.be(Mood::Well);
     agent.queue("other", "main", B).await;
     agent.running.cancel();
@@ -150,7 +185,10 @@ async fn a_limit_is_kept_by_everyone_and_over_a_restart() {
     let requests = agent.github.requests();
     let silence = requests[1].0 - requests[0].0;
     assert!(silence >= Duration::from_secs(3), "{silence:?}");
-    assert!(requests[1..].iter().all(|(_, code)| *code == 201), "{requests:?}");
+    assert!(
+        requests[1..].iter().all(|(_, code)| *code == 201),
+        "{requests:?}"
+    );
 }
 
 #[tokio::test]
@@ -164,11 +202,16 @@ async fn a_commit_never_returns_to_pending_nor_turns_green_by_being_skipped() {
     let again = agent.queue("hello", "main", A).await;
     let build = agent.claim().await;
     agent.end(&build, Status::Skipped, "pinned").await;
-    eventually("the skipped one is settled", LIMIT, async || agent.told(again).await.then_some(())).await;
+    eventually("the skipped one is settled", LIMIT, async || {
+        agent.told(again).await.then_some(())
+    })
+    .await;
     let third = agent.queue("hello", "main", A).await;
     let build = agent.claim().await;
     agent.end(&build, Status::Passed, "").await;
-    agent.states(A, HELLO, &["pending", "failure", "success"]).await;
+    agent
+        .states(A, HELLO, &["pending", "failure", "success"])
+        .await;
     let shown = agent.github.shown(A, HELLO).pop().unwrap();
     assert!(shown.target_url.ends_with(&format!("/{third}")));
 }
@@ -181,7 +224,10 @@ async fn a_superseded_commit_says_that_it_was_not_built() {
     let newer = agent.queue("hello", "main", B).await;
     agent.states(A, HELLO, &["pending", "success"]).await;
     let shown = agent.github.shown(A, HELLO).pop().unwrap();
-    assert_eq!(shown.description, format!("not built: superseded by build #{newer}"));
+    assert_eq!(
+        shown.description,
+        format!("not built: superseded by build #{newer}")
+    );
     agent.states(B, HELLO, &["pending"]).await;
 }
 
@@ -200,13 +246,19 @@ async fn a_status_that_github_refuses_is_given_up_and_a_token_is_waited_for() {
     let agent = Agent::new(FakeGithub::start().await).await;
     agent.github.be(Mood::UnknownToken);
     agent.queue("hello", "main", A).await;
-    eventually("the token was refused", LIMIT, async || (!agent.github.requests().is_empty()).then_some(())).await;
+    eventually("the token was refused", LIMIT, async || {
+        (!agent.github.requests().is_empty()).then_some(())
+    })
+    .await;
     agent.github.be(Mood::Well);
     agent.states(A, HELLO, &["pending"]).await;
     agent.github.be(Mood::Unprocessable);
     let build = agent.claim().await;
     agent.end(&build, Status::Errored, "away").await;
-    eventually("it is given up", Duration::from_secs(60), async || agent.told(build.id).await.then_some(())).await;
+    eventually("it is given up", Duration::from_secs(60), async || {
+        agent.told(build.id).await.then_some(())
+    })
+    .await;
     let refused = agent.github.requests();
     let refused = refused.iter().filter(|(_, code)| *code == 422).count();
     assert_eq!(refused, 5);

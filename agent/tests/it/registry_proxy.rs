@@ -59,37 +59,92 @@ impl RegistryProxy {
 
 /// Both ways: GET with Basic, and POST of a form with the password.
 async fn token(State(state): State<Arc<Shared>>, headers: HeaderMap, body: Bytes) -> Response {
-    let basic = format!("Basic {}", STANDARD.encode(format!("{}:{}", state.name, state.password)));
-    let has_basic = headers.get("authorization").is_some_and(|given| given.as_bytes() == basic.as_bytes());
+    let basic = format!(
+        "Basic {}",
+        STANDARD.encode(format!("{}:{}", state.name, state.password))
+    );
+    let has_basic = headers
+        .get("authorization")
+        .is_some_and(|given| given.as_bytes() == basic.as_bytes());
     let form: Vec<(String, String)> = url::form_urlencoded::parse(&body).into_owned().collect();
     let has = |key: &str, value: &str| form.iter().any(|(k, v)| k == key && v == value);
     if !has_basic && !(has("username", &state.name) && has("password", &state.password)) {
         return (StatusCode::UNAUTHORIZED, "who are you?").into_response();
     }
     state.tokens.fetch_add(1, Ordering::SeqCst);
-    axum::Json(serde_json::json!({"token": state.token, "access_token": state.token, "expires_in": 300})).into_response()
+    axum::Json(
+        serde_json::json!({"token": state.token, "access_token": state.token, "expires_in": 300}),
+    )
+    .into_response()
 }
 
-async fn pass(State(state): State<Arc<Shared>>, method: Method, uri: Uri, mut headers: HeaderMap, body: Bytes) -> Response {
+async fn pass(
+    State(state): State<Arc<Shared>>,
+    method: Method,
+    uri: Uri,
+    mut headers: HeaderMap,
+    body: Bytes,
+) -> Response {
     let wanted = format!("Bearer {}", state.token);
-    if !headers.get("authorization").is_some_and(|given| given.as_bytes() == wanted.as_bytes()) {
-        let name = uri.path().trim_start_matches("/v2/").split("/manifests/").next().unwrap().split("/blobs/").next().unwrap().to_owned();
-        let challenge = format!(r#"Bearer realm="http://{}/token",service="test",scope="repository:{name}:pull,push""#, state.host);
+    if !headers
+        .get("authorization")
+        .is_some_and(|given| given.as_bytes() == wanted.as_bytes())
+    {
+        let name = uri
+            .path()
+            .trim_start_matches("/v2/")
+            .split("/manifests/")
+            .next()
+            .unwrap()
+            .split("/blobs/")
+            .next()
+            .unwrap()
+            .to_owned();
+        let challenge = format!(
+            r#"Bearer realm="http://{}/token",service="test",scope="repository:{name}:pull,push""#,
+            state.host
+        );
         let words = r#"{"errors":[{"code":"UNAUTHORIZED","message":"authentication required"}]}"#;
-        return (StatusCode::UNAUTHORIZED, [("www-authenticate", challenge), ("content-type", "application/json".to_owned())], words).into_response();
+        return (
+            StatusCode::UNAUTHORIZED,
+            [
+                ("www-authenticate", challenge),
+                ("content-type", "application/json".to_owned()),
+            ],
+            words,
+        )
+            .into_response();
     }
     headers.remove("authorization");
     headers.remove("host");
-    let url = format!("http://{}{}", support::registry(), uri.path_and_query().unwrap());
-    let answer = state.client.request(method, url).headers(headers).body(body).send().await.unwrap();
+    let url = format!(
+        "http://{}{}",
+        support::registry(),
+        uri.path_and_query().unwrap()
+    );
+    let answer = state
+        .client
+        .request(method, url)
+        .headers(headers)
+        .body(body)
+        .send()
+        .await
+        .unwrap();
     let mut response = Response::builder().status(answer.status());
     for (name, value) in answer.headers() {
         let value = match name.as_str() {
-            "location" => value.to_str().unwrap().replace(&support::registry(), &state.host).parse().unwrap(),
+            "location" => value
+                .to_str()
+                .unwrap()
+                .replace(&support::registry(), &state.host)
+                .parse()
+                .unwrap(),
             "transfer-encoding" => continue,
             _ => value.clone(),
         };
         response = response.header(name, value);
     }
-    response.body(Body::from_stream(answer.bytes_stream())).unwrap()
+    response
+        .body(Body::from_stream(answer.bytes_stream()))
+        .unwrap()
 }
