@@ -35,10 +35,33 @@ impl Landfall {
         Self::start_with(name, "").await
     }
 
-    /// As `start`, with further lines of YAML for the environment.
+    /// As `start`, with further lines of YAML for the environment, or a further environment.
     pub async fn start_with(name: &str, more: &str) -> Self {
+        let site = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/hello");
+        let copy = format!("cp -r {} \"$0\"", site.display());
+        let more = format!("    build_args: {{ BASE: \"{}\" }}\n{more}", busybox());
+        Self::assemble(Namespace::new(name), &copy, &more).await
+    }
+
+    /// The sample itself, as this checkout has it, in the namespace that its manifests name.
+    pub async fn start_sample() -> Self {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let copy = format!(
+            "mkdir \"$0\" && cd {} && git ls-files -z --cached --others --exclude-standard | \
+             tar --null --ignore-failed-read -T - -c | tar -C \"$0\" -x",
+            root.display()
+        );
+        let image = setting("LANDFALL_TEST_RUST_IMAGE");
+        let more = match image.as_str() {
+            "" => String::new(),
+            image => format!("    build_args: {{ RUST_IMAGE: \"{image}\" }}\n"),
+        };
+        Self::assemble(Namespace::anew("hello-axum"), &copy, &more).await
+    }
+
+    /// `copy` is a line of shell that fills the folder `$0`.
+    async fn assemble(namespace: Namespace, copy: &str, more: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let namespace = Namespace::new(name);
         let bare = folder.path().join("hello.git");
         git(
             folder.path(),
@@ -48,17 +71,9 @@ impl Landfall {
         let server = GitServer::start(folder.path(), ([127, 0, 0, 1], 0).into(), None)
             .await
             .unwrap();
-        let site = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/hello");
         let work = folder.path().join("work");
-        assert!(
-            Command::new("cp")
-                .arg("-r")
-                .arg(&site)
-                .arg(&work)
-                .status()
-                .unwrap()
-                .success()
-        );
+        let filled = Command::new("bash").args(["-ec", copy]).arg(&work).status();
+        assert!(filled.unwrap().success());
         git(&work, &["init", "-q", "-b", BRANCH]);
         let mut landfall = Self {
             port: free_port(),
@@ -91,12 +106,11 @@ impl Landfall {
         let config = format!(
             "listen: 127.0.0.1:{port}\ndata_dir: data\nenvironments:\n  - name: hello\n    repository: acme/hello\n    branch: {BRANCH}\n    \
              clone_url: {url}\n    webhook_secrets: [{SECRET}]\n    kubeconfig: agent.kubeconfig\n    namespace: {namespace}\n    \
-             image_prefix: {registry}/{namespace}\n    build_args: {{ BASE: \"{base}\" }}\n{more}",
+             image_prefix: {registry}/{namespace}\n{more}",
             port = self.port,
             url = self.git.url("hello.git"),
             namespace = self.namespace.0,
             registry = registry(),
-            base = busybox(),
         );
         fs::write(self.path("agent.yaml"), config).unwrap();
     }
@@ -189,6 +203,47 @@ impl Landfall {
             &["push", "-q", "--force", &self.git.url("hello.git"), BRANCH],
         );
         git(&work, &["rev-parse", "HEAD"])
+    }
+
+    /// Makes the git server send its own deliveries, as the demo's does: a `git push` is then all that is needed.
+    pub fn hook(&self) {
+        let bare = self.path("hello.git");
+        fs::write(self.path("webhook-secret"), SECRET).unwrap();
+        let settings = [
+            ("landfall.url", self.url("/webhook")),
+            (
+                "landfall.secretfile",
+                self.path("webhook-secret").display().to_string(),
+            ),
+            ("landfall.repository", "acme/hello".to_owned()),
+            ("landfall.page", self.url("")),
+        ];
+        for (key, value) in settings {
+            git(&bare, &["config", key, &value]);
+        }
+        let hook = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dev/post-receive");
+        std::os::unix::fs::symlink(hook, bare.join("hooks/post-receive")).unwrap();
+    }
+
+    /// Commits and pushes to a server with a hook; what the hook said to the author.
+    pub fn push_to_hook(&self, files: &[(&str, &str)]) -> String {
+        let work = self.path("work");
+        for (path, text) in files {
+            fs::write(work.join(path), text).unwrap();
+        }
+        git(&work, &["add", "-A"]);
+        git(
+            &work,
+            &["commit", "-q", "--allow-empty", "-m", "Change the greeting"],
+        );
+        let output = Command::new("git")
+            .args(["push", &self.git.url("hello.git"), BRANCH])
+            .current_dir(&work)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{said}");
+        said
     }
 
     /// The push delivery that GitHub would send for this commit on top of the last one.

@@ -663,3 +663,51 @@ async fn a_manual_build_takes_the_head_of_the_branch() {
     )
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_secret_counts_for_its_own_environment_only() {
+    let theirs = "the secret of another team, 32 bytes and more";
+    let other = format!(
+        "  - name: other\n    repository: acme/other\n    branch: main\n    clone_url: https://127.0.0.1:1/other.git\n    \
+         webhook_secrets: [{theirs}]\n    namespace: other\n    image_prefix: localhost:1\n"
+    );
+    let landfall = Landfall::start_with("secrets", &other).await;
+    let body = push_payload(
+        "acme/hello",
+        "refs/heads/main",
+        &"a".repeat(40),
+        &"b".repeat(40),
+    )
+    .to_string();
+    let signature = sign(theirs, body.as_bytes());
+    let (status, _) = landfall
+        .post(
+            "push",
+            &[("x-hub-signature-256", &signature)],
+            body.into_bytes(),
+        )
+        .await;
+    assert_eq!(status, 401, "signed by another environment's secret");
+    assert_eq!(landfall.get("/api/builds").await["builds"], json!([]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_or_engine_that_is_away_ends_as_errored_and_never_as_failed() {
+    let away = "    limits: { unreachable_seconds: 2 }\ndocker: { host: \"tcp://127.0.0.1:1\" }\n";
+    let mut landfall = Landfall::start_with("away", away).await;
+    let id = landfall.push(&[]).await;
+    let build = landfall.end(id).await;
+    assert_eq!(
+        (&build["status"], &build["outcome"]),
+        (&json!("errored"), &json!("unchanged")),
+        "{build:#}"
+    );
+    assert!(
+        build["cause"]["sentence"]
+            .as_str()
+            .unwrap()
+            .contains("Docker"),
+        "{:#}",
+        build["cause"]
+    );
+}

@@ -16,6 +16,7 @@ mod landfall;
 mod line;
 mod post_receive;
 mod registry_proxy;
+mod sample;
 mod support;
 mod test_stage;
 mod tidy;

@@ -55,6 +55,19 @@ impl Namespace {
         kubectl(&["create", "namespace", &unique]);
         Self(unique)
     }
+
+    /// One of this very name; what stood there is removed first.
+    pub fn anew(name: &str) -> Self {
+        kubectl(&[
+            "delete",
+            "namespace",
+            name,
+            "--ignore-not-found",
+            "--timeout=60s",
+        ]);
+        kubectl(&["create", "namespace", name]);
+        Self(name.to_owned())
+    }
 }
 
 impl Drop for Namespace {
