@@ -229,6 +229,8 @@ pub struct Build {
 pub struct StageRow {
     pub stage: Stage,
     pub title: &'static str,
+    /// The build's attempt that began it last.
+    pub attempt: i64,
     pub status: StageStatus,
     pub begun_at: Millis,
     pub done_at: Option<Millis>,

@@ -208,16 +208,6 @@ struct Line<'a> {
     unstoppable: CancellationToken,
     mirrors: PathBuf,
     work: PathBuf,
-    /// How far the cluster was touched, for the outcome of a failure.
-    touched: std::sync::Mutex<Touched>,
-}
-
-#[derive(Clone, Default)]
-enum Touched {
-    #[default]
-    Nothing,
-    /// The release whose apply was begun; what it changed is not known, or something.
-    Release(Arc<Release>),
 }
 
 impl<'a> Line<'a> {
@@ -237,7 +227,6 @@ impl<'a> Line<'a> {
             unstoppable: CancellationToken::new(),
             mirrors: mirrors(agent),
             work: work_dir(agent, build),
-            touched: std::sync::Mutex::default(),
         }
     }
 
@@ -286,7 +275,6 @@ impl<'a> Line<'a> {
         self.test(&checked_out, &built).await?;
         let applied = self.deploy(&checked_out, &built).await?;
         let release = self.stored_release(applied.release_id).await?;
-        self.touch(&release);
         let rolled_out = self.verify(&release, &applied).await?;
         self.smoke_test(&release, &rolled_out).await?;
         self.agent
@@ -419,7 +407,6 @@ impl<'a> Line<'a> {
                 Arc::new(Release { id, ..release })
             }
         };
-        self.touch(&release);
         let scope = Scope {
             cancel: &self.unstoppable,
             ..*scope
@@ -440,14 +427,6 @@ impl<'a> Line<'a> {
             .await?
             .with_context(|| format!("release {id} is not in the store"))?;
         Ok(Arc::new(release))
-    }
-
-    fn touch(&self, release: &Arc<Release>) {
-        *self
-            .touched
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner) =
-            Touched::Release(Arc::clone(release));
     }
 
     fn scope<'s>(&'s self, log: &'s StageLog) -> Scope<'s> {
@@ -589,26 +568,31 @@ impl<'a> Line<'a> {
 
     /// Unchanged before the first mutation; afterwards `touched`, and the command that brings the last release back.
     async fn outcome_of_failure(&self, touched: Outcome) -> (Outcome, Option<String>) {
-        let release = self
-            .touched
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .clone();
-        let Touched::Release(release) = release else {
-            return (Outcome::Unchanged, None);
-        };
-        if let Err(error) = self
-            .agent
-            .store
-            .release_failed(release.id, "its build failed")
-            .await
-        {
+        self.what_stands(touched).await.unwrap_or_else(|error| {
             tracing::error!(
+                build = self.build.id,
                 error = format!("{error:#}"),
-                "cannot record a failed release"
+                "cannot tell what a failed build left"
             );
+            (Outcome::Unknown, None)
+        })
+    }
+
+    async fn what_stands(&self, touched: Outcome) -> anyhow::Result<(Outcome, Option<String>)> {
+        let stored = self.agent.store.build(self.build.id).await?;
+        let Some(id) = stored.and_then(|build| build.release_id) else {
+            return Ok((Outcome::Unchanged, None));
+        };
+        let release = self.stored_release(id).await?;
+        self.agent
+            .store
+            .release_failed(self.build, id, "its build failed")
+            .await?;
+        let applied: Option<Applied> = self.baton(Stage::Deploy).await?;
+        if applied.as_ref().is_some_and(Applied::changed_nothing) {
+            return Ok((Outcome::Unchanged, None));
         }
-        (touched, deploy::undo_hint(&release, None))
+        Ok((touched, deploy::undo_hint(&release, applied.as_ref())))
     }
 }
 

@@ -49,7 +49,8 @@ pub fn routes(app: App) -> Router {
     let mut routes = Router::new()
         .merge(dashboard::router())
         .merge(api::router())
-        .merge(health());
+        .merge(health())
+        .route("/metrics", get(metrics::render));
     if app.config.webhook_listen.is_none() {
         routes = routes.route("/webhook", post(webhook::receive));
     }
@@ -70,7 +71,6 @@ fn health() -> Router<App> {
     Router::new()
         .route("/healthz", get(async || "ok\n"))
         .route("/readyz", get(readyz))
-        .route("/metrics", get(metrics::render))
 }
 
 async fn readyz(State(app): State<App>) -> Response {

@@ -41,6 +41,8 @@ struct Serving {
 /// Everything that can be refused is refused here, before the first request.
 async fn start(config_path: &Path) -> anyhow::Result<Serving> {
     let config = Arc::new(Config::load(config_path)?);
+    // What we write is for our own user: the store holds deliveries and manifests.
+    rustix::process::umask(rustix::fs::Mode::from_bits_truncate(0o077));
     anyhow::ensure!(
         !config.environments.is_empty(),
         "{} names no environment: nothing could be deployed (the README has an example)",
@@ -62,7 +64,7 @@ async fn start(config_path: &Path) -> anyhow::Result<Serving> {
     let agent = Agent {
         config: Arc::clone(&config),
         store: store.clone(),
-        exe: std::env::current_exe().context("cannot find our own binary")?,
+        exe: crate::git_process::own_exe()?,
         holder: hex::encode(random_bytes::<8>()?),
         stopping: CancellationToken::new(),
     };

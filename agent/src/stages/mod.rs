@@ -146,12 +146,6 @@ pub struct Tested {
     pub passed: Vec<(String, i64)>,
 }
 
-/// Deploy's first half: the release's row is committed, nothing is changed yet.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Planned {
-    pub release_id: i64,
-}
-
 /// Deploy's baton: the set is applied.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Applied {

@@ -346,13 +346,14 @@ impl Store {
         #[derive(FromRow)]
         struct Raw {
             stage: String,
+            attempt: i64,
             status: String,
             begun_at: i64,
             done_at: Option<i64>,
             baton: Option<String>,
         }
         let rows: Vec<Raw> = on!(&self.main, pool => sqlx::query_as(
-                "SELECT stage, status, begun_at, done_at, baton FROM stages WHERE build_id = $1 ORDER BY ordinal")
+                "SELECT stage, attempt, status, begun_at, done_at, baton FROM stages WHERE build_id = $1 ORDER BY ordinal")
             .bind(build_id).fetch_all(pool).await?);
         rows.into_iter()
             .map(|row| {
@@ -361,6 +362,7 @@ impl Store {
                 Ok(StageRow {
                     stage,
                     title: stage.title(),
+                    attempt: row.attempt,
                     status,
                     begun_at: row.begun_at,
                     done_at: row.done_at,

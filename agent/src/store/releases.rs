@@ -105,9 +105,16 @@ impl Store {
         Ok(())
     }
 
-    pub async fn release_failed(&self, release_id: i64, why: &str) -> anyhow::Result<()> {
-        on!(&self.main, pool => sqlx::query("UPDATE releases SET state = 'failed', ended_at = $2, ended_why = $3 WHERE id = $1 AND state <> 'live'")
-            .bind(release_id).bind(now()).bind(why).execute(pool).await?.rows_affected());
+    pub async fn release_failed(
+        &self,
+        build: &Build,
+        release_id: i64,
+        why: &str,
+    ) -> anyhow::Result<()> {
+        on!(&self.main, pool => sqlx::query(
+                "UPDATE releases SET state = 'failed', ended_at = $2, ended_why = $3 WHERE id = $1 AND state <> 'live' AND \
+                 EXISTS (SELECT 1 FROM builds WHERE id = $4 AND fence = $5)")
+            .bind(release_id).bind(now()).bind(why).bind(build.id).bind(build.fence).execute(pool).await?.rows_affected());
         Ok(())
     }
 }
