@@ -248,7 +248,7 @@ impl<'a> Line<'a> {
                 "The agent was stopped; attempt {} goes on from here.",
                 self.build.attempt
             ));
-            if let Err(error) = test::sweep(&self.agent.config.docker, self.build.id).await {
+            if let Err(error) = test::sweep(&self.agent.config.docker, &self.work).await {
                 tracing::warn!(
                     build = self.build.id,
                     error = format!("{error:#}"),

@@ -207,7 +207,7 @@ mod spawned {
             };
             let _ = image::still_there(&scope, &owned.built).await;
             let _ = image::run(&scope, &owned.checked_out).await;
-            let _ = test::sweep(&owned.docker, 1).await;
+            let _ = test::sweep(&owned.docker, Path::new("/")).await;
             test::run(&scope, &owned.checked_out, &owned.built).await
         });
     }

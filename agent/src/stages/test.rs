@@ -4,6 +4,8 @@
 //! whether it ran out of memory. The container is removed however it ends. Never mounts anything, never adds a right.
 
 use std::collections::HashMap;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::pin::pin;
 use std::time::{Duration, Instant};
 
@@ -17,6 +19,7 @@ use bollard::query_parameters::{
     RemoveImageOptions, StartContainerOptions, TagImageOptionsBuilder, WaitContainerOptionsBuilder,
 };
 use futures_util::StreamExt;
+use sha2::{Digest, Sha256};
 
 use super::failed_tests::FailedTests;
 use super::patience::{Trouble, engine, patiently};
@@ -28,7 +31,7 @@ use crate::docker::registry::{self, Logins};
 use crate::pipeline::Test;
 
 /// On every container that an agent made.
-const LABEL_AGENT: &str = "landfall.dev/agent";
+const LABEL_OWNER: &str = "landfall.dev/owner";
 /// Repository of test images; they are never pushed, and their tags go when the test has ended.
 const TEST_REPOSITORY: &str = "landfall-test";
 /// How long a container may take to be killed and removed.
@@ -67,11 +70,18 @@ pub async fn run(
     Ok(Tested { passed })
 }
 
-/// Removes what a killed agent left of this build: containers, running or not.
-pub async fn sweep(docker: &config::Docker, build_id: i64) -> anyhow::Result<usize> {
+/// Whose containers and tags these are: the work folder of one build of one agent. Several agents may share an engine,
+/// and each has a build #1.
+pub fn owner(work: &Path) -> String {
+    let mut digits = hex::encode(Sha256::digest(work.as_os_str().as_bytes()));
+    digits.truncate(12);
+    digits
+}
+
+/// Removes what a killed agent left of the build with this work folder: containers, running or not.
+pub async fn sweep(docker: &config::Docker, work: &Path) -> anyhow::Result<usize> {
     let docker = docker::connect(docker).await?;
-    let label = format!("{}={build_id}", buildkit::LABEL_BUILD);
-    let filters = HashMap::from([("label", vec![label, LABEL_AGENT.to_owned()])]);
+    let filters = HashMap::from([("label", vec![format!("{LABEL_OWNER}={}", owner(work))])]);
     let options = ListContainersOptionsBuilder::default()
         .all(true)
         .filters(&filters)
@@ -105,18 +115,27 @@ async fn image_of(
             own_tag: None,
         });
     };
-    let id = buildkit::build_target(scope, checked_out, Some(target)).await?;
     let repository = format!("{TEST_REPOSITORY}/{}", checked_out.pipeline.image.name);
-    let tag = format!("{}-{}-{number}", scope.build.id, scope.build.attempt);
+    let tag = format!("{}-{}-{number}", scope.build.id, owner(scope.work));
     let docker = engine(scope).await?;
     let options = TagImageOptionsBuilder::default()
         .repo(&repository)
         .tag(&tag)
         .build();
-    docker
-        .tag_image(&id, Some(options))
-        .await
-        .map_err(|error| anyhow!(error).context("cannot tag the test's image"))?;
+    let mut id = buildkit::build_target(scope, checked_out, Some(target)).await?;
+    let mut tagged = docker.tag_image(&id, Some(options.clone())).await;
+    if matches!(
+        &tagged,
+        Err(Error::DockerResponseServerError {
+            status_code: 404,
+            ..
+        })
+    ) {
+        // Another build of the same tree removed its tag, and the image with it, before ours was there.
+        id = buildkit::build_target(scope, checked_out, Some(target)).await?;
+        tagged = docker.tag_image(&id, Some(options)).await;
+    }
+    tagged.map_err(|error| anyhow!(error).context("cannot tag the test's image"))?;
     Ok(Image {
         reference: id,
         own_tag: Some(format!("{repository}:{tag}")),
@@ -197,10 +216,7 @@ async fn run_one(
     image: &str,
 ) -> StageResult<()> {
     let docker = engine(scope).await?;
-    let name = format!(
-        "landfall-{}-{}-{number}",
-        scope.build.id, scope.build.attempt
-    );
+    let name = format!("landfall-{}-{}-{number}", scope.build.id, owner(scope.work));
     let container = Container::create(
         scope,
         &docker,
@@ -308,7 +324,7 @@ async fn body(
             buildkit::LABEL_ENVIRONMENT.to_owned(),
             scope.environment.name.clone(),
         ),
-        (LABEL_AGENT.to_owned(), std::process::id().to_string()),
+        (LABEL_OWNER.to_owned(), owner(scope.work)),
     ]);
     Ok(ContainerCreateBody {
         image: Some(image.to_owned()),

@@ -682,7 +682,7 @@ async fn a_manual_build_takes_the_head_of_the_branch() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_secret_counts_for_its_own_environment_only() {
-    let theirs = "the secret of another team, 32 bytes and more";
+    let theirs = "the secret of another team of 32 bytes and more";
     let other = format!(
         "  - name: other\n    repository: acme/other\n    branch: main\n    clone_url: https://127.0.0.1:1/other.git\n    \
          webhook_secrets: [{theirs}]\n    namespace: other\n    image_prefix: localhost:1\n"

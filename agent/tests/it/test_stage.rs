@@ -288,8 +288,12 @@ async fn a_test_that_cannot_begin_says_why() {
 #[tokio::test]
 async fn what_a_killed_agent_left_is_swept_and_does_not_stop_the_next_attempt() {
     let world = World::new("", "");
-    let name = format!("landfall-{}-1-1", world.build.id);
-    let label = format!("landfall.dev/build={}", world.build.id);
+    let owner = test::owner(world.folder.path());
+    let name = format!("landfall-{}-{owner}-1", world.build.id);
+    let (build, owner) = (
+        format!("landfall.dev/build={}", world.build.id),
+        format!("landfall.dev/owner={owner}"),
+    );
     let leave = || {
         let started = Command::new("docker")
             .args([
@@ -299,9 +303,9 @@ async fn what_a_killed_agent_left_is_swept_and_does_not_stop_the_next_attempt() 
                 &name,
                 "--network=none",
                 "--label",
-                &label,
+                &build,
                 "--label",
-                "landfall.dev/agent=1",
+                &owner,
                 &base(),
                 "sleep",
                 "600",
@@ -312,14 +316,14 @@ async fn what_a_killed_agent_left_is_swept_and_does_not_stop_the_next_attempt() 
     };
     leave();
     assert_eq!(
-        test::sweep(&world.config.docker, world.build.id)
+        test::sweep(&world.config.docker, world.folder.path())
             .await
             .unwrap(),
         1
     );
     assert_eq!(containers(&world), "");
     assert_eq!(
-        test::sweep(&world.config.docker, world.build.id)
+        test::sweep(&world.config.docker, world.folder.path())
             .await
             .unwrap(),
         0
