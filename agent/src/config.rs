@@ -426,7 +426,11 @@ impl Config {
         });
         environments
             .chain(&self.github.token)
-            .chain(&self.database)
+            .chain(
+                self.database
+                    .iter()
+                    .filter(|database| database.expose().contains("://")),
+            )
             .map(Secret::expose)
             .collect()
     }

@@ -3,8 +3,6 @@
 //! Text in, `Pipeline` or a diagnostic with snippet and caret out. It can only narrow what the operator allowed in
 //! agent.yaml; nothing here names a host, a namespace or a credential. Pure: no IO, no async.
 
-use std::time::Duration;
-
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -12,6 +10,9 @@ use crate::diagnostic::{self, Diagnostic};
 
 /// More is not a pipeline but an attack.
 pub const BYTES_MAX: usize = 256 * 1024;
+
+/// An environment is held as long as a release of it is watched.
+const WAIT_SECONDS_MAX: u64 = 3600;
 
 /// The whole of pipeline.yaml.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -234,6 +235,35 @@ fn check(pipeline: &Pipeline) -> Result<(), (&'static str, String)> {
             ));
         }
     }
+    let waits = [
+        ("timeout_seconds", pipeline.verify.timeout_seconds),
+        ("soak_seconds", pipeline.verify.soak_seconds),
+    ];
+    let requests = pipeline
+        .smoke_test
+        .iter()
+        .map(|request| ("timeout_seconds", request.timeout_seconds));
+    if let Some((key, seconds)) = waits
+        .into_iter()
+        .chain(requests)
+        .find(|(_, seconds)| *seconds > WAIT_SECONDS_MAX)
+    {
+        return Err((
+            key,
+            format!("{seconds} s is more than {WAIT_SECONDS_MAX} s"),
+        ));
+    }
+    if let Some(service) = pipeline
+        .smoke_test
+        .iter()
+        .filter_map(|request| request.service.as_ref())
+        .find(|name| !is_object_name(name))
+    {
+        return Err((
+            "service",
+            format!("{service:?} is not the name of a Service: lower case letters, digits and '-'"),
+        ));
+    }
     for request in &pipeline.smoke_test {
         match (&request.get, &request.service, &request.url) {
             (Some(path), Some(_), None) if path.starts_with('/') => {}
@@ -250,6 +280,14 @@ fn check(pipeline: &Pipeline) -> Result<(), (&'static str, String)> {
         }
     }
     Ok(())
+}
+
+/// A DNS label, as Kubernetes names Services: it becomes part of a path of the API server.
+fn is_object_name(name: &str) -> bool {
+    (1..=63).contains(&name.len())
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
 }
 
 /// Docker's grammar of repository names, less the host.
@@ -273,12 +311,6 @@ pub fn stays_inside(path: &str) -> bool {
         && std::path::Path::new(path)
             .components()
             .all(|part| matches!(part, Component::Normal(_) | Component::CurDir))
-}
-
-impl Verify {
-    pub fn timeout(&self) -> Duration {
-        Duration::from_secs(self.timeout_seconds)
-    }
 }
 
 #[cfg(test)]

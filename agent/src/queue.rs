@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 use tokio::task::JoinSet;
@@ -16,6 +16,8 @@ use crate::builds::{Build, Cause, Outcome, Status};
 use crate::runner::{self, Agent};
 
 const POLL_EVERY: Duration = Duration::from_secs(1);
+/// Between an end that could not be written and the next try.
+const RESUME_PAUSE: Duration = Duration::from_secs(5);
 /// How long the builds may take to reach a place from which the next agent can go on.
 const STOP_LIMIT: Duration = Duration::from_secs(25);
 
@@ -24,12 +26,10 @@ pub async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
     let mut working = Working {
         agent,
         builds: HashMap::new(),
+        resting: HashMap::new(),
         tasks: JoinSet::new(),
     };
     let mut changes = working.agent.store.watch();
-    if let Err(error) = working.resume().await {
-        tracing::error!(error = format!("{error:#}"), "cannot resume builds");
-    }
     while !shutdown.is_cancelled() {
         if let Err(error) = working.turn().await {
             tracing::error!(error = format!("{error:#}"), "the queue cannot work");
@@ -47,13 +47,23 @@ pub async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
 struct Working {
     agent: Arc<Agent>,
     builds: HashMap<i64, CancellationToken>,
+    /// When our task of a build ended; where its row still says running, it is tried again after a pause.
+    resting: HashMap<i64, Instant>,
     tasks: JoinSet<i64>,
 }
 
 impl Working {
-    /// Builds that were running when the last agent on this store died.
+    /// Builds that no task of ours runs: their agent died, or could not write how they ended.
     async fn resume(&mut self) -> anyhow::Result<()> {
         for build in self.agent.store.running().await? {
+            if self.builds.contains_key(&build.id)
+                || self
+                    .resting
+                    .get(&build.id)
+                    .is_some_and(|since| since.elapsed() < RESUME_PAUSE)
+            {
+                continue;
+            }
             if let Some(build) = self
                 .agent
                 .store
@@ -68,6 +78,7 @@ impl Working {
     }
 
     async fn turn(&mut self) -> anyhow::Result<()> {
+        self.resume().await?;
         for (id, token) in &self.builds {
             let Some(build) = self.agent.store.build(*id).await? else {
                 continue;
@@ -104,7 +115,8 @@ impl Working {
                     "Landfall itself failed while it ran this build",
                 )
                 .hint("please report it, with the agent's own log");
-                let outcome = if build.release_id.is_some() {
+                let known = agent.store.build(id).await.ok().flatten();
+                let outcome = if known.is_none_or(|build| build.release_id.is_some()) {
                     Outcome::Unknown
                 } else {
                     Outcome::Unchanged
@@ -127,7 +139,12 @@ impl Working {
 
     fn ended(&mut self, ended: Result<i64, tokio::task::JoinError>) {
         match ended {
-            Ok(id) => drop(self.builds.remove(&id)),
+            Ok(id) => {
+                self.builds.remove(&id);
+                self.resting
+                    .retain(|_, since| since.elapsed() < RESUME_PAUSE);
+                self.resting.insert(id, Instant::now());
+            }
             Err(error) => tracing::error!(%error, "a build's task ended badly"),
         }
     }

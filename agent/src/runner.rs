@@ -70,7 +70,8 @@ async fn run_logged(
         .config
         .environment(&build.environment)
         .map_or(1 << 30, |environment| environment.limits.log_bytes);
-    let log = BuildLog::new(Masker::new(agent.config.secrets()), limit, bytes);
+    let masker = Masker::new(agent.config.secrets());
+    let log = BuildLog::new(masker.clone(), limit, bytes);
     let writer = write_log(agent.store.clone(), build.id, log.clone(), next);
 
     let ended = match agent.config.environment(&build.environment) {
@@ -91,6 +92,10 @@ async fn run_logged(
         ))),
     };
 
+    let ended = ended.map(|ended| Ended {
+        cause: ended.cause.map(|cause| masked(&masker, cause)),
+        ..ended
+    });
     if let Some(ended) = &ended {
         say_end(
             &log.stage(last_stage(agent, &build).await),
@@ -100,7 +105,9 @@ async fn run_logged(
         );
     }
     log.close();
-    writer.await.context("the log's task failed")??;
+    if let Err(error) = writer.await {
+        tracing::error!(build = build.id, %error, "the build log's task failed");
+    }
     let Some(ended) = ended else { return Ok(()) };
     agent
         .store
@@ -109,6 +116,16 @@ async fn run_logged(
     tracing::info!(build = build.id, status = %ended.status, outcome = %ended.outcome, "build ended");
     remove_work(&work_dir(agent, &build)).await;
     Ok(())
+}
+
+/// A cause is shown on pages and told to GitHub: no secret may be in it, whoever wrote it.
+fn masked(masker: &Masker, cause: Cause) -> Cause {
+    Cause {
+        sentence: masker.mask_text(&cause.sentence),
+        object: cause.object.map(|text| masker.mask_text(&text)),
+        hint: cause.hint.map(|text| masker.mask_text(&text)),
+        ..cause
+    }
 }
 
 /// A build that a person asked for by branch: its commit is the branch's head now, and stays so when it is resumed.
@@ -126,22 +143,24 @@ async fn name_commit(
     Ok(())
 }
 
-/// Stores what the stages say, a chunk every `FLUSH_EVERY`, until the log is closed.
-fn write_log(
-    store: Store,
-    build_id: i64,
-    log: BuildLog,
-    mut next: i64,
-) -> JoinHandle<anyhow::Result<()>> {
+/// Stores what the stages say, a chunk every `FLUSH_EVERY`, until the log is closed. Lines that the store refuses are
+/// lost, and the operator is told: a full disk must not hold up a release.
+fn write_log(store: Store, build_id: i64, log: BuildLog, mut next: i64) -> JoinHandle<()> {
     tokio::spawn(async move {
         while let Some(lines) = log.drain().await {
-            next = store
-                .append_log(build_id, next, &lines)
-                .await
-                .context("cannot store the build log")?;
+            match store.append_log(build_id, next, &lines).await {
+                Ok(after) => next = after,
+                Err(error) => {
+                    tracing::error!(
+                        build = build_id,
+                        lines = lines.len(),
+                        error = format!("{error:#}"),
+                        "lines of the build log are lost"
+                    );
+                }
+            }
             tokio::time::sleep(FLUSH_EVERY).await;
         }
-        Ok(())
     })
 }
 
@@ -267,13 +286,19 @@ impl<'a> Line<'a> {
 
     /// The straight line.
     async fn walk(&self) -> StageResult<Ended> {
-        let checked_out = match self.checkout().await? {
-            Checkout::Ready(checked_out) => checked_out,
-            Checkout::Stale { head } => return Ok(Ended::stale(self.build, &head)),
+        let applied = match self.planned().await? {
+            // From the plan on only the release counts: the set that is stored is applied again, and watched again.
+            Some(release) => self.apply_stored(&release).await?,
+            None => {
+                let checked_out = match self.checkout().await? {
+                    Checkout::Ready(checked_out) => checked_out,
+                    Checkout::Stale { head } => return Ok(Ended::stale(self.build, &head)),
+                };
+                let built = self.image(&checked_out).await?;
+                self.test(&checked_out, &built).await?;
+                self.deploy(&checked_out, &built).await?
+            }
         };
-        let built = self.image(&checked_out).await?;
-        self.test(&checked_out, &built).await?;
-        let applied = self.deploy(&checked_out, &built).await?;
         let release = self.stored_release(applied.release_id).await?;
         let rolled_out = self.verify(&release, &applied).await?;
         self.smoke_test(&release, &rolled_out).await?;
@@ -340,7 +365,10 @@ impl<'a> Line<'a> {
     }
 
     async fn test(&self, checked_out: &CheckedOut, built: &Built) -> StageResult<Tested> {
-        if let Some(tested) = self.baton(Stage::Test).await? {
+        // An image that had to be built anew is another one, and not tested yet.
+        if let Some(tested) = self.baton::<Tested>(Stage::Test).await?
+            && tested.digest == built.digest
+        {
             return Ok(tested);
         }
         let log = self.log.stage(Stage::Test);
@@ -352,15 +380,21 @@ impl<'a> Line<'a> {
     }
 
     async fn deploy(&self, checked_out: &CheckedOut, built: &Built) -> StageResult<Applied> {
-        if let Some(applied) = self.baton(Stage::Deploy).await? {
-            return Ok(applied);
-        }
         let log = self.log.stage(Stage::Deploy);
         self.journaled(
             Stage::Deploy,
             self.plan_and_apply(&self.scope(&log), checked_out, built),
         )
         .await
+    }
+
+    async fn apply_stored(&self, release: &Release) -> StageResult<Applied> {
+        if let Some(applied) = self.baton(Stage::Deploy).await? {
+            return Ok(applied);
+        }
+        let log = self.log.stage(Stage::Deploy);
+        self.journaled(Stage::Deploy, self.apply(&self.scope(&log), release))
+            .await
     }
 
     /// Looked at anew after every restart: what was true then may not be true now.
@@ -382,36 +416,27 @@ impl<'a> Line<'a> {
         .await
     }
 
-    /// Plan, then the last moment to stop, then the release's row, then the first mutation. A resumed build applies the
-    /// set that is stored.
+    /// Plan, then the last moment to stop, then the release's row, then the first mutation.
     async fn plan_and_apply(
         &self,
         scope: &Scope<'_>,
         checked_out: &CheckedOut,
         built: &Built,
     ) -> StageResult<Applied> {
-        let stored = self
-            .agent
-            .store
-            .build(self.build.id)
-            .await?
-            .and_then(|build| build.release_id);
-        let release = match stored {
-            Some(id) => self.stored_release(id).await?,
-            None => {
-                let release = deploy::plan(scope, checked_out, built).await?;
-                if !self.agent.store.begin_deploying(self.build).await? {
-                    return Err(StageError::Canceled);
-                }
-                let id = self.agent.store.plan_release(self.build, &release).await?;
-                Arc::new(Release { id, ..release })
-            }
-        };
+        let release = deploy::plan(scope, checked_out, built).await?;
+        if !self.agent.store.begin_deploying(self.build).await? {
+            return Err(StageError::Canceled);
+        }
+        let id = self.agent.store.plan_release(self.build, &release).await?;
+        self.apply(scope, &Release { id, ..release }).await
+    }
+
+    async fn apply(&self, scope: &Scope<'_>, release: &Release) -> StageResult<Applied> {
         let scope = Scope {
             cancel: &self.unstoppable,
             ..*scope
         };
-        let applied = deploy::apply(&scope, &release).await?;
+        let applied = deploy::apply(&scope, release).await?;
         self.agent
             .store
             .record_applied(self.build, release.id, &applied.objects)
@@ -419,14 +444,21 @@ impl<'a> Line<'a> {
         Ok(applied)
     }
 
-    async fn stored_release(&self, id: i64) -> anyhow::Result<Arc<Release>> {
-        let release = self
-            .agent
+    /// The release of this build, once it is planned.
+    async fn planned(&self) -> anyhow::Result<Option<Release>> {
+        let stored = self.agent.store.build(self.build.id).await?;
+        match stored.and_then(|build| build.release_id) {
+            Some(id) => self.stored_release(id).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    async fn stored_release(&self, id: i64) -> anyhow::Result<Release> {
+        self.agent
             .store
             .release(id)
             .await?
-            .with_context(|| format!("release {id} is not in the store"))?;
-        Ok(Arc::new(release))
+            .with_context(|| format!("release {id} is not in the store"))
     }
 
     fn scope<'s>(&'s self, log: &'s StageLog) -> Scope<'s> {
@@ -484,6 +516,13 @@ impl<'a> Line<'a> {
 
     async fn canceled(&self) -> Option<Ended> {
         let build = self.agent.store.build(self.build.id).await.ok().flatten();
+        if !build
+            .as_ref()
+            .is_some_and(|build| build.cancel_requested || build.superseded_by.is_some())
+        {
+            // The agent stops: nothing has failed, and the next one goes on.
+            return None;
+        }
         let (outcome, hint) = self.outcome_of_failure(Outcome::LeftFailed).await;
         match build {
             Some(Build {
@@ -579,14 +618,12 @@ impl<'a> Line<'a> {
     }
 
     async fn what_stands(&self, touched: Outcome) -> anyhow::Result<(Outcome, Option<String>)> {
-        let stored = self.agent.store.build(self.build.id).await?;
-        let Some(id) = stored.and_then(|build| build.release_id) else {
+        let Some(release) = self.planned().await? else {
             return Ok((Outcome::Unchanged, None));
         };
-        let release = self.stored_release(id).await?;
         self.agent
             .store
-            .release_failed(self.build, id, "its build failed")
+            .release_failed(self.build, release.id, "its build failed")
             .await?;
         let applied: Option<Applied> = self.baton(Stage::Deploy).await?;
         if applied.as_ref().is_some_and(Applied::changed_nothing) {

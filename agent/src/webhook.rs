@@ -68,6 +68,8 @@ async fn take(app: &App, request: Request<Body>) -> Result<Response, Rejection> 
     if parts.headers.contains_key(header::CONTENT_ENCODING) {
         return Err(Rejection::Compressed);
     }
+    // Nobody who has no signature at all is read.
+    signature(&parts.headers).ok_or(Rejection::Signature)?;
     let body = read(&parts.headers, body).await?;
     let environments = signed_for(&parts.headers, &body, &app.config.environments)?;
     let event = header_text(&parts.headers, "x-github-event");
@@ -112,18 +114,27 @@ async fn read(headers: &HeaderMap, body: Body) -> Result<Vec<u8>, Rejection> {
     if announced.is_some_and(|bytes| bytes > BODY_BYTES_MAX) {
         return Err(Rejection::TooLarge);
     }
-    let kib = announced.unwrap_or(BODY_BYTES_MAX).div_ceil(1024).max(1);
-    let kib = u32::try_from(kib).unwrap_or(u32::MAX);
     let reading = async {
-        let _budget = IN_FLIGHT
-            .acquire_many(kib)
-            .await
-            .map_err(|_| Rejection::NotStored)?;
-        match Limited::new(body, BODY_BYTES_MAX).collect().await {
-            Ok(body) => Ok(body.to_bytes().to_vec()),
-            Err(error) if error.is::<LengthLimitError>() => Err(Rejection::TooLarge),
-            Err(_) => Err(Rejection::Unreadable("the body ended early".to_owned())),
+        let mut body = Limited::new(body, BODY_BYTES_MAX);
+        let (mut bytes, mut budget) = (Vec::new(), Vec::new());
+        while let Some(frame) = body.frame().await {
+            let frame = frame.map_err(|error| match error.is::<LengthLimitError>() {
+                true => Rejection::TooLarge,
+                false => Rejection::Unreadable("the body ended early".to_owned()),
+            })?;
+            let Ok(data) = frame.into_data() else {
+                continue;
+            };
+            // Only what has come counts: a connection that announces much and sends nothing takes nobody's place.
+            let kib = u32::try_from(data.len().div_ceil(1024)).unwrap_or(u32::MAX);
+            budget.push(
+                IN_FLIGHT
+                    .try_acquire_many(kib)
+                    .map_err(|_| Rejection::NotStored)?,
+            );
+            bytes.extend_from_slice(&data);
         }
+        Ok(bytes)
     };
     tokio::time::timeout(BODY_TIMEOUT, reading)
         .await

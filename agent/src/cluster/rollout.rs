@@ -271,13 +271,17 @@ impl History {
     }
 }
 
+const CALM_SECONDS_MAX: i64 = 3600;
+
 /// Long enough for the container's own liveness probe to end it again.
 fn calm_needed(container: &Running<'_>) -> Duration {
     let probe = container.spec.and_then(|spec| spec.liveness_probe.as_ref());
     let seconds = probe.map_or(0, |probe| {
-        let period = probe.period_seconds.unwrap_or(10);
-        probe.initial_delay_seconds.unwrap_or(0)
-            + period * (probe.failure_threshold.unwrap_or(3) + 1)
+        let period = i64::from(probe.period_seconds.unwrap_or(10));
+        let rounds = i64::from(probe.failure_threshold.unwrap_or(3)) + 1;
+        // Both come from the repository and may be as large as the API server allows.
+        (i64::from(probe.initial_delay_seconds.unwrap_or(0)) + period * rounds)
+            .min(CALM_SECONDS_MAX)
     });
     CALM_MIN.max(Duration::from_secs(
         u64::try_from(seconds).unwrap_or_default(),

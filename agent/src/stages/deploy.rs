@@ -347,7 +347,8 @@ async fn apply_all(
         applied.push(create_namespace(scope, cluster, release).await?);
     }
     let rules = rules(scope, cluster, &release.objects).await?;
-    // The fence (`scope.build.fence`) is claimed here, before the first object, and carried by every apply below.
+    // Not yet: the fence (`scope.build.fence`) is to be claimed here, before the first object, and carried by every
+    // apply below.
     for object in &release.objects {
         let object = match kind(object) {
             "Namespace" if !applied.is_empty() => continue,
@@ -367,7 +368,11 @@ async fn apply_one(
     object: &Value,
 ) -> StageResult<AppliedObject> {
     let done = apply::apply(cluster, rules, object, false).await?;
-    let applied = applied_object(&done);
+    let mut applied = applied_object(&done);
+    if applied.change == Change::Unchanged && was_written_by(scope, &done) {
+        // An attempt of this very build changed it, and was killed before it could say so.
+        applied.change = Change::Changed;
+    }
     for note in &done.notes {
         scope
             .log
@@ -529,6 +534,15 @@ async fn wait_established(cluster: &Cluster, object: &Value) -> StageResult<()> 
         }
         tokio::time::sleep(POLL).await;
     }
+}
+
+/// The annotation is written only together with a changed template.
+fn was_written_by(scope: &Scope<'_>, done: &Done) -> bool {
+    let build = done
+        .after
+        .pointer("/metadata/annotations/landfall.dev~1build")
+        .and_then(Value::as_str);
+    build.is_some_and(|build| build == scope.build.id.to_string())
 }
 
 fn change(done: &Done) -> Change {

@@ -142,6 +142,8 @@ impl Built {
 /// Test's baton.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tested {
+    /// Of the image that would go live.
+    pub digest: String,
     /// Name and milliseconds of each test container that passed.
     pub passed: Vec<(String, i64)>,
 }

@@ -43,7 +43,7 @@ const EXIT_KILLED: i64 = 137;
 pub async fn run(
     scope: &Scope<'_>,
     checked_out: &CheckedOut,
-    _built: &Built,
+    built: &Built,
 ) -> StageResult<Tested> {
     let tests = &checked_out.pipeline.test;
     if tests.is_empty() {
@@ -67,7 +67,10 @@ pub async fn run(
         ));
         passed.push((test.name.clone(), millis));
     }
-    Ok(Tested { passed })
+    Ok(Tested {
+        digest: built.digest.clone(),
+        passed,
+    })
 }
 
 /// Whose containers and tags these are: the work folder of one build of one agent. Several agents may share an engine,

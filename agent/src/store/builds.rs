@@ -20,7 +20,8 @@ pub struct NewBuild<'a> {
 }
 
 /// Numbers and inserts a build within a transaction, and ends what it takes the place of: builds of its environment
-/// that wait, or that run and have not begun to deploy. A build that is superseded itself ends nothing.
+/// that wait, or that run and have not begun to deploy. One that a person asked for ends no push, and a build that is
+/// superseded itself ends nothing.
 macro_rules! insert {
     ($tx:ident, $build:ident, $at:ident) => {{
         let id: i64 = sqlx::query_scalar("UPDATE counters SET value = value + 1 WHERE name = 'build' RETURNING value")
@@ -30,21 +31,24 @@ macro_rules! insert {
         if !overtaken {
             sqlx::query(
                 "UPDATE builds SET status = 'superseded', superseded_by = $1, finished_at = $2 \
-                 WHERE environment = $3 AND status = 'queued' AND branch = $4",
+                 WHERE environment = $3 AND status = 'queued' AND branch = $4 AND ($5 = 'push' OR kind <> 'push')",
             )
             .bind(id)
             .bind($at)
             .bind($build.environment)
             .bind(&$build.push.branch)
+            .bind($build.kind.as_str())
             .execute(&mut *$tx)
             .await?;
             sqlx::query(
                 "UPDATE builds SET superseded_by = $1 \
-                 WHERE environment = $2 AND status = 'running' AND branch = $3 AND NOT deploying AND superseded_by IS NULL",
+                 WHERE environment = $2 AND status = 'running' AND branch = $3 AND NOT deploying AND superseded_by IS NULL \
+                 AND ($4 = 'push' OR kind <> 'push')",
             )
             .bind(id)
             .bind($build.environment)
             .bind(&$build.push.branch)
+            .bind($build.kind.as_str())
             .execute(&mut *$tx)
             .await?;
         }
