@@ -191,10 +191,10 @@ impl StageLog {
     /// Our own words: one line, or several.
     pub fn line(&self, text: impl AsRef<str>) {
         let text = text.as_ref();
-        self.log.write(self.stage, text.as_bytes());
-        if !text.ends_with('\n') {
-            self.log.write(self.stage, b"\n");
-        }
+        let end = if text.ends_with('\n') { "" } else { "\n" };
+        // At once: two tasks of a stage may speak, and their lines must not mix.
+        self.log
+            .write(self.stage, format!("{text}{end}").as_bytes());
     }
 
     /// The text as the log would show it: for sentences that leave the log, such as a cause.

@@ -276,7 +276,8 @@ impl Config {
                 "cannot read {name}; name the file with --config, or see the README for an example"
             )
         })?;
-        let mut config: Self = diagnostic::parse_yaml(&name, &text)?;
+        let mut config: Self =
+            diagnostic::parse_yaml(&name, &text).map_err(diagnostic::Diagnostic::without_values)?;
         let base = std::path::absolute(path)?
             .parent()
             .map(Path::to_path_buf)
@@ -385,7 +386,7 @@ impl Config {
             "`listen: {}` can be reached from outside: say who may read with `read_access: token` or `read_access: public`",
             self.listen
         );
-        let mut names = HashSet::new();
+        let (mut names, mut places) = (HashSet::new(), HashSet::new());
         for environment in &self.environments {
             environment
                 .check()
@@ -394,6 +395,17 @@ impl Config {
                 names.insert(&environment.name),
                 "two environments are called {:?}",
                 environment.name
+            );
+            let place = (
+                &environment.kubeconfig,
+                &environment.context,
+                &environment.namespace,
+            );
+            anyhow::ensure!(
+                places.insert(place),
+                "environment {:?} shares the namespace {:?} with another: each release would take the other's place",
+                environment.name,
+                environment.namespace
             );
         }
         Ok(())
@@ -692,6 +704,19 @@ mod tests {
         );
         let given = [away[0], ("LANDFALL_TOKEN", "mine")];
         assert_eq!(find(None, &given).1.as_deref(), Some("mine"));
+    }
+
+    #[test]
+    fn a_secret_under_a_misspelt_key_is_not_shown() {
+        let text = ENVIRONMENT.replace(
+            "webhook_secrets: [0123456789abcdef0123456789abcdef]",
+            "webhook_secrets: \"0123456789abcdef0123456789abcdef\"",
+        );
+        let error = format!("{:#}", load(&text, &[]).unwrap_err());
+        assert!(
+            error.contains(":6:") && !error.contains("0123456789"),
+            "{error}"
+        );
     }
 
     #[test]

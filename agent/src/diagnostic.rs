@@ -47,6 +47,19 @@ impl Diagnostic {
         }
     }
 
+    /// For a file that may hold secrets: neither its line nor a value is shown.
+    #[must_use]
+    pub fn without_values(mut self) -> Self {
+        self.snippet = None;
+        self.problem = self
+            .problem
+            .split('"')
+            .enumerate()
+            .map(|(index, part)| if index % 2 == 0 { part } else { "\"…\"" })
+            .collect();
+        self
+    }
+
     /// Points at the first line of the text whose key this is.
     pub fn at_key(path: &str, text: &str, key: &str, problem: impl Into<String>) -> Self {
         let found = text.lines().enumerate().find_map(|(index, line)| {

@@ -323,6 +323,10 @@ impl<'a> Line<'a> {
         if let Some(Checkout::Ready(checked_out)) = self.baton(Stage::Checkout).await?
             && checkout::still_there(&checked_out)
         {
+            self.agent
+                .store
+                .describe(self.build, &checked_out.commit, &checked_out.title)
+                .await?;
             return Ok(Checkout::Ready(checked_out));
         }
         // A person who asks for a build gets it, older or not.
@@ -349,14 +353,14 @@ impl<'a> Line<'a> {
     async fn image(&self, checked_out: &CheckedOut) -> StageResult<Built> {
         let log = self.log.stage(Stage::Image);
         let scope = self.scope(&log);
-        if let Some(built) = self.baton(Stage::Image).await?
-            && image::still_there(&scope, &built).await
-        {
-            return Ok(built);
-        }
-        let built = self
-            .journaled(Stage::Image, image::run(&scope, checked_out))
-            .await?;
+        let known = self.baton(Stage::Image).await?;
+        let built = match known {
+            Some(built) if image::still_there(&scope, &built).await => built,
+            _ => {
+                self.journaled(Stage::Image, image::run(&scope, checked_out))
+                    .await?
+            }
+        };
         self.agent
             .store
             .set_image(self.build, &built.reference())
@@ -402,7 +406,7 @@ impl<'a> Line<'a> {
         let log = self.log.stage(Stage::Verify);
         self.journaled(
             Stage::Verify,
-            verify::run(&self.scope(&log), release, applied),
+            verify::run(&self.unstopped(&log), release, applied),
         )
         .await
     }
@@ -411,7 +415,7 @@ impl<'a> Line<'a> {
         let log = self.log.stage(Stage::SmokeTest);
         self.journaled(
             Stage::SmokeTest,
-            smoke_test::run(&self.scope(&log), release, rolled_out),
+            smoke_test::run(&self.unstopped(&log), release, rolled_out),
         )
         .await
     }
@@ -473,13 +477,25 @@ impl<'a> Line<'a> {
         }
     }
 
+    /// For the stages after the first mutation: a person or a newer push waits for their end, only the agent's stop does not.
+    fn unstopped<'s>(&'s self, log: &'s StageLog) -> Scope<'s> {
+        Scope {
+            cancel: &self.agent.stopping,
+            ..self.scope(log)
+        }
+    }
+
+    fn may_still_stop(&self, stage: Stage) -> bool {
+        !matches!(stage, Stage::Verify | Stage::SmokeTest) || self.agent.stopping.is_cancelled()
+    }
+
     /// Runs a stage between two lines of the journal: begun, and how it ended, with its baton.
     async fn journaled<T: Serialize>(
         &self,
         stage: Stage,
         work: impl Future<Output = StageResult<T>>,
     ) -> StageResult<T> {
-        if self.cancel.is_cancelled() {
+        if self.may_still_stop(stage) && self.cancel.is_cancelled() {
             return Err(StageError::Canceled);
         }
         self.agent.store.begin_stage(self.build, stage).await?;

@@ -17,6 +17,8 @@ pub struct NewBuild<'a> {
     pub body_hash: &'a str,
     /// It is known already that this one came too late.
     pub superseded_by: Option<i64>,
+    /// Whether it takes the place of what waits; a redelivered old push does not.
+    pub ends_others: bool,
 }
 
 /// Numbers and inserts a build within a transaction, and ends what it takes the place of: builds of its environment
@@ -28,7 +30,7 @@ macro_rules! insert {
             .fetch_one(&mut *$tx)
             .await?;
         let overtaken = $build.superseded_by.is_some();
-        if !overtaken {
+        if $build.ends_others {
             sqlx::query(
                 "UPDATE builds SET status = 'superseded', superseded_by = $1, finished_at = $2 \
                  WHERE environment = $3 AND status = 'queued' AND branch = $4 AND ($5 = 'push' OR kind <> 'push')",

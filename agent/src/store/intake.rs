@@ -59,7 +59,7 @@ impl Store {
     /// returns, everything is on disk.
     ///
     /// A repetition is a body seen before, or the same branch, before and after as the branch's newest; after a newer
-    /// push in between it is built again, and skipped at checkout unless it is the branch's head.
+    /// push in between it is built behind what waits, and skipped at checkout unless it is the branch's head.
     pub async fn accept(
         &self,
         delivery: &Delivery,
@@ -111,6 +111,13 @@ impl Store {
                         .await?;
                     delivery_id = Some(id);
                 }
+                let seen: Option<i64> = sqlx::query_scalar(
+                    "SELECT id FROM builds WHERE environment = $1 AND kind = 'push' AND body_hash = $2 LIMIT 1",
+                )
+                .bind(*environment)
+                .bind(&delivery.body_hash)
+                .fetch_optional(&mut *tx)
+                .await?;
                 let overtaken_by = newest.filter(|newest| newest.came_after(push)).map(|newest| newest.id);
                 let build = NewBuild {
                     environment,
@@ -119,6 +126,7 @@ impl Store {
                     delivery_id,
                     body_hash: &delivery.body_hash,
                     superseded_by: overtaken_by,
+                    ends_others: overtaken_by.is_none() && seen.is_none(),
                 };
                 let id = super::builds::insert!(tx, build, at);
                 let status = if overtaken_by.is_some() { Status::Superseded } else { Status::Queued };
@@ -146,6 +154,7 @@ impl Store {
             delivery_id: None,
             body_hash: "",
             superseded_by: None,
+            ends_others: true,
         };
         let id = on!(&self.main, pool, BEGIN, _lock => {
             let mut tx = pool.begin_with(BEGIN).await?;

@@ -103,6 +103,12 @@ async fn serve(State(shared): State<Arc<Shared>>, request: Request) -> Response<
     if broken != 0 {
         return plain(StatusCode::from_u16(broken).unwrap(), "as the test wishes");
     }
+    if !is_loopback_host(request.headers()) {
+        return plain(
+            StatusCode::MISDIRECTED_REQUEST,
+            "this host is not served here",
+        );
+    }
     if !may_enter(&shared, request.headers()) {
         let mut refusal = plain(StatusCode::UNAUTHORIZED, "a token is needed");
         let realm = header::HeaderValue::from_static("Basic realm=\"git\"");
@@ -115,6 +121,18 @@ async fn serve(State(shared): State<Arc<Shared>>, request: Request) -> Response<
         Ok(answer) => answer,
         Err(error) => plain(StatusCode::BAD_GATEWAY, &error.to_string()),
     }
+}
+
+/// A page that names this machine by a name of its own (DNS rebinding) must not push.
+fn is_loopback_host(headers: &HeaderMap) -> bool {
+    let host = headers
+        .get(header::HOST)
+        .and_then(|host| host.to_str().ok())
+        .unwrap_or_default();
+    matches!(
+        host.rsplit_once(':').map_or(host, |(name, _)| name),
+        "127.0.0.1" | "localhost"
+    )
 }
 
 fn plain(status: StatusCode, text: &str) -> Response<Body> {

@@ -48,10 +48,11 @@ pub struct Namespace(pub String);
 
 impl Namespace {
     pub fn new(name: &str) -> Self {
-        let unique = format!(
-            "{name}-{:x}",
-            std::process::id() ^ (Instant::now().elapsed().subsec_nanos())
-        );
+        let nanos = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .unwrap()
+            .as_nanos();
+        let unique = format!("{name}-{:x}", nanos & 0xffff_ffff_ffff);
         kubectl(&["create", "namespace", &unique]);
         Self(unique)
     }
