@@ -2,7 +2,7 @@
 export CARGO_TARGET_DIR ?= $(CURDIR)/target
 
 .DEFAULT_GOAL := help
-.PHONY: help cluster cluster-down demo demo-stop test
+.PHONY: bench help cluster cluster-down demo demo-stop test
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,3 +22,6 @@ demo-stop: ## ends the demo's agent and git server; its state and its cluster st
 
 test: ## sets up what is missing and runs every test
 	@dev/test
+
+bench: ## measures a release build against a shell script and fixed goals; not while tests run
+	@dev/bench
