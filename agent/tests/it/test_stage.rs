@@ -134,7 +134,11 @@ async fn a_container_is_made_with_exactly_what_it_may_have() {
     let host = &container["HostConfig"];
     assert_eq!(
         container["Name"],
-        format!("/landfall-{}-1-1", world.build.id)
+        format!(
+            "/landfall-{}-{}-1",
+            world.build.id,
+            test::owner(world.folder.path())
+        )
     );
     assert_eq!(
         (

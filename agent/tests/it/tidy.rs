@@ -7,16 +7,26 @@ use std::path::{Path, PathBuf};
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
 /// Files whose modules do no IO: they name no module of ours that does.
-const PURE: [&str; 9] = [
-    "builds",
-    "pipeline",
-    "diagnostic",
-    "release",
-    "manifests",
-    "cluster/policy",
-    "cluster/rollout",
-    "cluster/diagnose",
+const PURE: [&str; 19] = [
     "ansi",
+    "builds",
+    "cluster/diagnose",
+    "cluster/diff",
+    "cluster/ownership",
+    "cluster/policy",
+    "cluster/refusal",
+    "cluster/rollout",
+    "cluster/snapshot",
+    "cluster/tables",
+    "diagnostic",
+    "manifests",
+    "pipeline",
+    "release",
+    "stages/expect",
+    "stages/failed_tests",
+    "stages/steps",
+    "yaml",
+    "yaml_scalar",
 ];
 const DOES_IO: [&str; 17] = [
     "api",
@@ -104,7 +114,16 @@ fn pure_modules_name_nothing_that_does_io() {
         .iter()
         .filter(|(path, _)| PURE.contains(&path.as_str()))
     {
-        for name in names(text) {
+        for name in names(text).into_iter().filter(|name| {
+            !PURE.contains(
+                &name
+                    .split("::")
+                    .take(2)
+                    .collect::<Vec<_>>()
+                    .join("/")
+                    .as_str(),
+            )
+        }) {
             let offender = DOES_IO.iter().find(|io| name.starts_with(**io));
             assert!(
                 offender.is_none(),
