@@ -539,7 +539,7 @@ impl Access {
         let listen = config.as_ref().map(|config| reachable(config.listen));
         let server = server
             .map(str::to_owned)
-            .or_else(|| variable("LANDFALL_SERVER"))
+            .or_else(|| variable("LANDFALL_SERVER").filter(|server| !server.is_empty()))
             .or_else(|| listen.map(|listen| format!("http://{listen}")))
             .unwrap_or_else(|| format!("http://{}", self::listen()));
         let server = server.trim_end_matches('/').to_owned();
@@ -692,7 +692,8 @@ mod tests {
             )
         };
         let own = ("http://127.0.0.1:9000".to_owned(), Some("admin".to_owned()));
-        assert_eq!(find(None, &[]), own);
+        assert_eq!(find(None, &[]), own.clone());
+        assert_eq!(find(None, &[("LANDFALL_SERVER", "")]), own);
         let away = [("LANDFALL_SERVER", "https://ci.example.org/")];
         assert_eq!(
             find(None, &away),
