@@ -166,3 +166,146 @@ impl Store {
         Ok(id)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ZERO: &str = "0000000000000000000000000000000000000000";
+
+    async fn store() -> (tempfile::TempDir, Store) {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path(), None).await.unwrap();
+        (folder, store)
+    }
+
+    fn push(before: &str, after: &str) -> (Delivery, Push) {
+        let body = format!("{before}..{after}").into_bytes();
+        let delivery = Delivery {
+            guid: "g".to_owned(),
+            event: "push".to_owned(),
+            body_hash: hex::encode(&body),
+            body,
+        };
+        let push = Push {
+            repository_id: Some(1),
+            repository: "acme/hello".to_owned(),
+            branch: "main".to_owned(),
+            before: before.to_owned(),
+            after: after.to_owned(),
+            pusher: "mona".to_owned(),
+            title: String::new(),
+            pushed_at: None,
+        };
+        (delivery, push)
+    }
+
+    async fn accept(store: &Store, before: &str, after: &str) -> Accepted {
+        let (delivery, push) = push(before, after);
+        store
+            .accept(&delivery, &push, &["hello"])
+            .await
+            .unwrap()
+            .remove(0)
+    }
+
+    async fn status(store: &Store, id: i64) -> Status {
+        store.build(id).await.unwrap().unwrap().status
+    }
+
+    #[tokio::test]
+    async fn a_repetition_is_the_build_that_it_made() {
+        let (_folder, store) = store().await;
+        let first = accept(&store, ZERO, "a").await;
+        let again = accept(&store, ZERO, "a").await;
+        assert_eq!((again.build, again.duplicate), (first.build, true));
+        assert_eq!(
+            store
+                .builds(&crate::store::Filter::default())
+                .await
+                .unwrap()
+                .len(),
+            1
+        );
+    }
+
+    #[tokio::test]
+    async fn a_newer_push_supersedes_what_waits_and_an_overtaken_one_ends_nothing() {
+        let (_folder, store) = store().await;
+        let first = accept(&store, ZERO, "a").await;
+        // GitHub delivers b..c before a..b.
+        let third = accept(&store, "b", "c").await;
+        let second = accept(&store, "a", "b").await;
+        assert_eq!(status(&store, first.build).await, Status::Superseded);
+        assert_eq!(second.status, Status::Superseded);
+        assert_eq!(status(&store, third.build).await, Status::Queued);
+    }
+
+    #[tokio::test]
+    async fn an_old_push_sent_again_ends_no_newer_one() {
+        let (_folder, store) = store().await;
+        accept(&store, ZERO, "a").await;
+        accept(&store, "x", "b").await;
+        let newest = accept(&store, "y", "c").await;
+        let again = accept(&store, ZERO, "a").await;
+        assert!(again.build > newest.build && !again.duplicate);
+        assert_eq!(status(&store, newest.build).await, Status::Queued);
+    }
+
+    #[tokio::test]
+    async fn a_build_by_hand_ends_no_push() {
+        let (_folder, store) = store().await;
+        let newest = accept(&store, ZERO, "a").await;
+        let (_, older) = push(ZERO, "b");
+        let by_hand = store
+            .enqueue("hello", &older, BuildKind::Rerun)
+            .await
+            .unwrap();
+        assert_eq!(status(&store, newest.build).await, Status::Queued);
+        assert_eq!(status(&store, by_hand).await, Status::Queued);
+    }
+
+    #[tokio::test]
+    async fn a_fence_that_is_not_the_newest_writes_nothing() {
+        let (folder, store) = store().await;
+        let environment = "environments:\n  - { name: hello, repository: a/b, branch: main, clone_url: \"https://x/y\", webhook_secrets: [0123456789abcdef0123456789abcdef], namespace: n, image_prefix: r }\n";
+        let path = folder.path().join("agent.yaml");
+        std::fs::write(&path, environment).unwrap();
+        let config = crate::config::Config::load_with(&path, &|_| None).unwrap();
+        store
+            .ensure_environments(&config.environments)
+            .await
+            .unwrap();
+        accept(&store, ZERO, "a").await;
+        let ours = store.claim("one").await.unwrap().unwrap();
+        let theirs = store.reclaim(ours.id, "two").await.unwrap().unwrap();
+        assert!(theirs.fence > ours.fence);
+        let done = crate::builds::Outcome::Live;
+        assert!(
+            !store
+                .finish(&ours, Status::Passed, done, None)
+                .await
+                .unwrap()
+        );
+        assert!(!store.begin_deploying(&ours).await.unwrap());
+        assert!(
+            store
+                .begin_stage(&ours, crate::builds::Stage::Test)
+                .await
+                .is_err()
+        );
+        assert!(
+            store
+                .finish(&theirs, Status::Passed, done, None)
+                .await
+                .unwrap()
+        );
+        assert!(
+            !store
+                .finish(&theirs, Status::Failed, done, None)
+                .await
+                .unwrap(),
+            "a terminal status never changes"
+        );
+    }
+}
