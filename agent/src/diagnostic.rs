@@ -1,6 +1,6 @@
 //! What is wrong with a YAML file, where, and what was meant: the report that `landfall validate` and a build print.
 //!
-//! Wraps serde-saphyr, the only place that names it. Pure: no IO.
+//! Wraps the typed reading of serde-saphyr; `yaml.rs` uses its parser for manifests. Pure: no IO.
 
 use std::fmt;
 

@@ -1,7 +1,7 @@
 //! A release: image digests, the full set of rendered manifests and the smoke tests. The unit that goes live and that
 //! is put back.
 //!
-//! Pure: no IO, no async. Rendering is done by `manifests.rs`, applying by `cluster/apply.rs`.
+//! Pure: no IO, no async. Rendering is done by `render.rs`, applying by `cluster/apply.rs`.
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};

@@ -1,7 +1,7 @@
 //! Checkout: the mirror is brought up to date, the commit is judged, its tree is written, pipeline.yaml is read.
 //!
 //! The line: reuse what an earlier attempt finished → ask the git process, patiently while the server is away → keep the
-//! tree with a marker → parse. What git does is in `git_child.rs`; this file names no git library and runs no program.
+//! tree with a marker → parse. What git does is in `git_child/`; this file names no git library and runs no program.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
