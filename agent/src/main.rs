@@ -3,14 +3,15 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use landfall::{cli, git_child, git_process};
+use landfall::cli;
+use landfall::git::{child, process};
 
 fn main() -> ExitCode {
     if std::env::args_os()
         .nth(1)
-        .is_some_and(|word| word == git_process::SUBCOMMAND)
+        .is_some_and(|word| word == process::SUBCOMMAND)
     {
-        return git_child::main_in_child();
+        return child::main_in_child();
     }
     // Before any TLS: two crates of ours would each choose one, and rustls refuses to guess.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();

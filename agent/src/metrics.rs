@@ -4,8 +4,8 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 
+use crate::app::App;
 use crate::builds::Status;
-use crate::server::App;
 
 pub async fn render(State(app): State<App>) -> Response {
     let counts = match app.store.count_by_status().await {

@@ -24,25 +24,14 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
 
+use crate::app::App;
 use crate::config::{Config, ReadAccess};
-use crate::store::Store;
 use crate::{api, dashboard, metrics, webhook};
 
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 const CONNECTIONS_MAX: usize = 4096;
 /// How long open requests may go on once the agent stops.
 const DRAIN: Duration = Duration::from_secs(5);
-
-/// What every handler may use. Cheap to clone.
-#[derive(Clone)]
-pub struct App {
-    pub config: Arc<Config>,
-    pub store: Store,
-    /// The token that every write but `/webhook` needs.
-    pub admin_token: Arc<str>,
-    /// Fires when the agent stops: live streams end.
-    pub shutdown: CancellationToken,
-}
 
 /// Page, API and, where it has no listener of its own, the webhook.
 pub fn routes(app: App) -> Router {

@@ -18,9 +18,9 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 use tokio::sync::Semaphore;
 
+use crate::app::App;
 use crate::builds::{Push, is_commit_id};
 use crate::config::Environment;
-use crate::server::App;
 use crate::store::Delivery;
 
 /// GitHub's own cap on payloads.

@@ -16,8 +16,9 @@ use rustix::fs::{Access, access, statvfs};
 use super::findings::{self, Finding};
 use super::{OutputArgument, doctor_cluster, doctor_registry, exit};
 use crate::config::{self, Config, Environment};
+use crate::git::process;
 use crate::stages::checkout;
-use crate::{docker, git_process, github};
+use crate::{docker, github};
 
 /// Of one check.
 pub const CHECK_LIMIT: Duration = Duration::from_secs(5);
@@ -292,7 +293,7 @@ async fn check_clone(environment: &Environment) -> Vec<Finding> {
     let check = name(environment, "clone");
     let (url, branch) = (&environment.clone_url, &environment.branch);
     let head = async {
-        let (exe, folder) = (git_process::own_exe()?, Throwaway::new(environment)?);
+        let (exe, folder) = (process::own_exe()?, Throwaway::new(environment)?);
         checkout::branch_head(environment, &exe, &folder.0).await
     };
     vec![match head.await {

@@ -9,9 +9,10 @@ use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
+use crate::app::App;
 use crate::config::Config;
 use crate::runner::Agent;
-use crate::server::{self, App};
+use crate::server;
 use crate::store::Store;
 use crate::{github, queue};
 
@@ -64,7 +65,7 @@ async fn start(config_path: &Path) -> anyhow::Result<Serving> {
     let agent = Agent {
         config: Arc::clone(&config),
         store: store.clone(),
-        exe: crate::git_process::own_exe()?,
+        exe: crate::git::process::own_exe()?,
         holder: hex::encode(random_bytes::<8>()?),
         stopping: CancellationToken::new(),
     };

@@ -13,10 +13,10 @@ use super::findings::{self, Finding};
 use super::{OutputArgument, exit};
 use crate::cluster::policy;
 use crate::config::{self, Config, Environment};
-use crate::manifests::{self, Manifest};
+use crate::git;
+use crate::manifests::render::{self, Target};
+use crate::manifests::{self, Manifest, files};
 use crate::pipeline::{self, Pipeline};
-use crate::render::{self, Target};
-use crate::{git_tree, manifest_files};
 
 const DOCKERFILE_BYTES_MAX: u64 = 1 << 20;
 /// Names in one line.
@@ -109,7 +109,7 @@ fn look(tree: &Path, environment: Option<&Environment>) -> Vec<Finding> {
 
 fn read_pipeline(tree: &Path, path: &str) -> Result<Pipeline, Box<Finding>> {
     let fail = |says: String, fix: &str| Box::new(Finding::fail(path, says, fix));
-    let bytes = git_tree::read_beneath(tree, path, pipeline::BYTES_MAX as u64).map_err(|error| match error.kind() {
+    let bytes = git::tree::read_beneath(tree, path, pipeline::BYTES_MAX as u64).map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound => fail(
             format!("there is no {path} in {}", tree.display()),
             "write one: the README has an example, `landfall schema` tells an editor what it may hold",
@@ -150,7 +150,7 @@ fn look_at_image(tree: &Path, path: &str, pipeline: &Pipeline) -> Vec<Finding> {
         ));
     }
     let dockerfile = &image.dockerfile;
-    let text = match git_tree::read_beneath(tree, dockerfile, DOCKERFILE_BYTES_MAX) {
+    let text = match git::tree::read_beneath(tree, dockerfile, DOCKERFILE_BYTES_MAX) {
         Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
         Err(error) => {
             let says = match error.kind() {
@@ -228,7 +228,7 @@ fn has_stage(stages: &[Option<String>], target: &str) -> bool {
 
 fn read_manifests(tree: &Path, pipeline: &Pipeline) -> Result<Vec<Manifest>, Box<Finding>> {
     let fail = |says: String, fix: &str| Box::new(Finding::fail("manifests", says, fix));
-    let files = manifest_files::read(tree, &pipeline.deploy.manifests).map_err(|says| {
+    let files = files::read(tree, &pipeline.deploy.manifests).map_err(|says| {
         fail(
             says,
             "set `deploy.manifests` to files and folders of this repository",

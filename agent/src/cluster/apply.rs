@@ -14,8 +14,8 @@ use serde_json::{Value, json};
 use super::ownership::{self, MANAGER, MANAGER_REPLICAS, Taking};
 use super::{Answer, Cluster, Resource, Trouble, refusal};
 use crate::builds::Cause;
+use crate::manifests::render::{HISTORY, is_workload, template, template_hash};
 use crate::manifests::{api_version, display_name, kind, name, text};
-use crate::render::{HISTORY, is_workload, template, template_hash};
 
 /// Somebody else writes the object at the same time.
 const TRIES_MAX: u32 = 5;

@@ -10,7 +10,8 @@ use serde_json::Value;
 
 use crate::builds::Cause;
 use crate::config::Environment;
-use crate::manifests::{self, Manifest, text};
+use crate::manifests::render::ACCOUNT_LABEL;
+use crate::manifests::{self, Manifest, pod_pointer, text};
 
 /// Kinds that Kubernetes itself has, with their group: `Job` in agent.yaml is never somebody else's `Job`.
 const GROUPS: [(&str, &str); 20] = [
@@ -35,9 +36,6 @@ const GROUPS: [(&str, &str); 20] = [
     ("ServiceAccount", ""),
     ("StatefulSet", "apps"),
 ];
-
-/// On every service account that a release made: it has no rights but those that the operator gave it knowingly.
-pub const ACCOUNT_LABEL: (&str, &str) = ("landfall.dev/account", "release");
 
 const CAPABILITY_ALLOWED: &str = "NET_BIND_SERVICE";
 
@@ -168,21 +166,6 @@ fn kind_is_allowed(environment: &Environment, object: &Value) -> bool {
         .map(|(_, group)| *group);
     environment.kind_is_allowed(&format!("{kind}.{group}"))
         || (environment.kind_is_allowed(kind) && own.is_none_or(|own| own == group))
-}
-
-/// Where a kind has its pod: JSON pointer of the pod's spec.
-pub fn pod_pointer(kind: &str) -> Option<&'static str> {
-    match kind {
-        "Pod" => Some("/spec"),
-        "Deployment"
-        | "StatefulSet"
-        | "DaemonSet"
-        | "ReplicaSet"
-        | "ReplicationController"
-        | "Job" => Some("/spec/template/spec"),
-        "CronJob" => Some("/spec/jobTemplate/spec/template/spec"),
-        _ => None,
-    }
 }
 
 fn check_pod(accounts: &HashSet<&str>, pod: &Value) -> Result<(), String> {

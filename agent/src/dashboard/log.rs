@@ -4,9 +4,9 @@
 
 use std::collections::VecDeque;
 
-use super::live::line_text;
 use crate::ansi::{self, Span};
 use crate::api::LOG_READ_BYTES_MAX;
+use crate::api::live::line_text;
 use crate::builds::Stage;
 use crate::store::{NumberedLine, Store};
 

@@ -4,8 +4,6 @@
 //! Never starts work and never writes: buttons would need the token, so pages show the commands instead.
 
 pub mod assets;
-pub mod filter;
-pub mod live;
 mod log;
 mod pages;
 mod views;
@@ -13,7 +11,7 @@ mod views;
 use axum::Router;
 use axum::routing::get;
 
-use crate::server::App;
+use crate::app::App;
 
 pub use pages::not_found;
 

@@ -7,12 +7,12 @@ use axum::extract::{RawQuery, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 
+use super::assets;
 use super::log::{self, LogView};
 use super::views::{self, BuildView, CommitView, Step};
-use super::{assets, filter};
-use crate::api::{self, IdPath};
+use crate::api::{self, IdPath, filter};
+use crate::app::App;
 use crate::builds::{Millis, Status, now};
-use crate::server::App;
 use crate::store::Filter;
 
 /// The query with which scripts ask for what stands above the log.

@@ -13,12 +13,13 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
+use crate::app::App;
 use crate::build_log::LogLine;
 use crate::builds::{Build, BuildKind, Cause, Outcome, Push, Stage, StageStatus, Status, now};
 use crate::config::Config;
 use crate::pipeline::{FirstRelease, Rollback, Verify};
 use crate::release::Release;
-use crate::server::{self, App};
+use crate::server;
 use crate::store::{Filter, Store};
 
 const TOKEN: &str = "the admin's token";

@@ -1,7 +1,7 @@
 //! Checkout: the mirror is brought up to date, the commit is judged, its tree is written, pipeline.yaml is read.
 //!
 //! The line: reuse what an earlier attempt finished → ask the git process, patiently while the server is away → keep the
-//! tree with a marker → parse. What git does is in `git_child/`; this file names no git library and runs no program.
+//! tree with a marker → parse. What git does is in `git/`; this file names no git library and runs no program.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 use super::{CheckedOut, Scope, StageError, StageResult, limited};
 use crate::builds::{Cause, is_commit_id, short};
 use crate::config::Environment;
-use crate::git_process::{self, Answer, Job, TreeFacts, Trouble};
-use crate::git_tree;
+use crate::git::process::{self, Answer, Job, TreeFacts, Trouble};
+use crate::git::tree;
 use crate::pipeline::{self, Pipeline};
 
 /// Between two tries while the server is away: doubled from the first to the last.
@@ -40,7 +40,7 @@ struct Marker {
     facts: TreeFacts,
 }
 
-/// Checks out the build's commit. `exe` is our own binary (`git_process::own_exe`), `deployed` the commit that is live.
+/// Checks out the build's commit. `exe` is our own binary (`process::own_exe`), `deployed` the commit that is live.
 pub async fn run(scope: &Scope<'_>, exe: &Path, deployed: Option<&str>) -> StageResult<Checkout> {
     let limit = Duration::from_secs(scope.environment.limits.clone_timeout_seconds);
     limited(scope, "checkout", limit, check_out(scope, exe, deployed)).await
@@ -98,7 +98,7 @@ async fn outside_a_build(
     let limit = Duration::from_secs(environment.limits.clone_timeout_seconds);
     let silence = Duration::from_secs(environment.limits.unreachable_seconds);
     let branch = &environment.branch;
-    let asked = git_process::ask(exe, environment, mirrors, branch, job, silence, &|_| {});
+    let asked = process::ask(exe, environment, mirrors, branch, job, silence, &|_| {});
     let answer = tokio::time::timeout(limit, asked).await.with_context(|| {
         format!(
             "{} took longer than {} s",
@@ -187,7 +187,7 @@ async fn fetch(
             tree: half.to_owned(),
         };
         let begun = Instant::now();
-        let asked = git_process::ask(
+        let asked = process::ask(
             exe,
             environment,
             scope.mirrors,
@@ -285,7 +285,7 @@ fn read_pipeline(scope: &Scope<'_>, tree: &Path) -> StageResult<Pipeline> {
                 .hint("it must be a regular file in UTF-8, of at most 256 KiB"),
         )
     };
-    let bytes = match git_tree::read_beneath(tree, path, pipeline::BYTES_MAX as u64) {
+    let bytes = match tree::read_beneath(tree, path, pipeline::BYTES_MAX as u64) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             return Err(StageError::Failed(

@@ -14,11 +14,10 @@ use crate::builds::Cause;
 use crate::cluster::apply::{self, Done, Rules};
 use crate::cluster::ownership::Taking;
 use crate::cluster::{Cluster, Resource, Trouble, diff, policy};
-use crate::manifest_files;
-use crate::manifests::{self, Manifest, api_version, display_name, kind, name, text};
+use crate::manifests::render::{self, Rendered, Target, is_workload, template_hash};
+use crate::manifests::{self, Manifest, api_version, display_name, files, kind, name, text};
 use crate::pipeline::Pipeline;
 use crate::release::{AppliedObject, Change, Release};
-use crate::render::{self, Rendered, Target, is_workload, template_hash};
 
 /// Of a dry run of 500 objects on a slow server.
 const PLAN_LIMIT: Duration = Duration::from_secs(600);
@@ -119,11 +118,11 @@ async fn render(
         checked_out.tree.clone(),
         checked_out.pipeline.deploy.manifests.clone(),
     );
-    let files = tokio::task::spawn_blocking(move || manifest_files::read(&tree, &paths))
+    let texts = tokio::task::spawn_blocking(move || files::read(&tree, &paths))
         .await
         .context("cannot read the manifests")?
         .map_err(|problem| StageError::failed("manifest_invalid", problem))?;
-    let manifests = manifests::read(&files).map_err(|diagnostic| {
+    let manifests = manifests::read(&texts).map_err(|diagnostic| {
         let shown = diagnostic.to_string();
         scope.log.line(&shown);
         let sentence = shown.lines().next().unwrap_or_default().to_owned();
@@ -135,7 +134,7 @@ async fn render(
     scope.log.line(format!(
         "{} objects from {} files",
         rendered.objects.len(),
-        files.len()
+        texts.len()
     ));
     Ok(rendered)
 }

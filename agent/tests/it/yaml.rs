@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::process::{Command, Stdio};
 
-use landfall::yaml::{self, Budget};
+use landfall::manifests::yaml::{self, Budget};
 use serde_json::Value;
 
 /// What the Go module makes of each text.

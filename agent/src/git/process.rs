@@ -17,7 +17,7 @@ use crate::build_log::Masker;
 use crate::builds::Cause;
 use crate::config::{self, Environment};
 
-/// The hidden subcommand; `main.rs` hands it to `git_child::main_in_child`.
+/// The hidden subcommand; `main.rs` hands it to `git::child::main_in_child`.
 pub const SUBCOMMAND: &str = "__git";
 /// One line either way.
 pub const LINE_BYTES_MAX: u64 = 1 << 20;

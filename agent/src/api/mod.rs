@@ -3,6 +3,9 @@
 //! The line: `request → store → answer`. Starts no work: a build that is asked for here is a row that the queue finds.
 //! Host, Origin and token were checked by server.rs before any of this runs.
 
+pub mod filter;
+pub mod live;
+
 use std::io;
 
 use anyhow::Context;
@@ -17,10 +20,9 @@ use futures_util::{Stream, stream};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::app::App;
 use crate::builds::{Build, BuildKind, Push, StageRow, Status, is_commit_id};
 use crate::config::{Config, Environment};
-use crate::dashboard::{filter, live};
-use crate::server::App;
 use crate::store::{Filter, Store};
 
 /// What a request of this API may weigh.

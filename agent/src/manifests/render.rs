@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 use serde_json::{Map, Value, json};
 
 use crate::builds::{Cause, short};
-use crate::cluster::policy::{ACCOUNT_LABEL, pod_pointer};
-use crate::manifests::{Manifest, display_name, kind, name, text};
+
+use super::{Manifest, display_name, kind, name, pod_pointer, text};
 use crate::release;
 
 /// On the pod template: what the pods were made from. Equal means: nothing to roll.
@@ -21,6 +21,9 @@ pub const HISTORY: [&str; 4] = [
     "landfall.dev/set",
     "kubernetes.io/change-cause",
 ];
+
+/// On every service account that a release made: it has no rights but those that the operator gave it knowingly.
+pub const ACCOUNT_LABEL: (&str, &str) = ("landfall.dev/account", "release");
 
 /// Digits of a template's hash: 64 bits are enough to tell releases of one workload apart.
 const HASH_DIGITS: usize = 16;

@@ -17,10 +17,10 @@ use serde_json::Value;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
+use super::{ApiError, IdPath, LOG_READ_BYTES_MAX};
 use crate::ansi;
-use crate::api::{self, ApiError, IdPath, LOG_READ_BYTES_MAX};
+use crate::app::App;
 use crate::builds::{Millis, Stage, StageRow};
-use crate::server::App;
 use crate::store::NumberedLine;
 
 /// Another agent may write to the same store without waking us.
@@ -41,7 +41,7 @@ pub async fn live(
 ) -> Result<Response, ApiError> {
     let after = after(query.as_deref(), &headers)
         .map_err(|problem| ApiError::new(StatusCode::BAD_REQUEST, problem))?;
-    let build = api::find(&app.store, &path).await?;
+    let build = super::find(&app.store, &path).await?;
     let viewer = Viewer {
         changed: app.store.watch(),
         app,
@@ -151,7 +151,7 @@ impl Viewer {
             return Ok(());
         };
         let stages = self.app.store.stages(self.build_id).await?;
-        let view = api::full_view(&self.app.config, &build, &stages)?;
+        let view = super::full_view(&self.app.config, &build, &stages)?;
         for stage in &stages {
             if !self.shown_stages.contains(stage) {
                 self.ready.push_back(event("stage").json_data(stage)?);

@@ -10,7 +10,7 @@ use std::path::Path;
 use rustix::fd::OwnedFd;
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, openat, statat};
 
-use crate::manifests::BYTES_MAX;
+use super::BYTES_MAX;
 
 const EXTENSIONS: [&str; 3] = ["yaml", "yml", "json"];
 

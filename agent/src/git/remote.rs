@@ -12,9 +12,9 @@ use git2::{
 };
 use sha2::Digest;
 
-use super::{Failure, Report};
+use super::report::{Failure, Report};
+use super::process::{Request, Trouble, repository_too_large};
 use crate::builds::short;
-use crate::git_process::{Request, Trouble, repository_too_large};
 
 /// What happened while we spoke with the server; callbacks cannot return it.
 #[derive(Default)]

@@ -1,13 +1,9 @@
-//! What runs in `landfall __git`: the only folder that names git2.
+//! What runs in `landfall __git`: with `remote.rs` and `walk.rs` the only code that names git2.
 //!
 //! The line: open the mirror → fetch the branch (`remote.rs`) → judge the commit → write its tree (`walk.rs`). It
 //! limits itself before it speaks to anyone, follows no redirect to another host, trusts no host key that is not
 //! pinned, checks out no submodule.
 
-mod remote;
-mod walk;
-
-use std::cell::Cell;
 use std::fs::File;
 use std::io::{BufRead, Read, Write};
 use std::path::Path;
@@ -17,46 +13,17 @@ use std::time::{Duration, Instant};
 use git2::{Oid, Repository};
 use rustix::process::{Resource, Rlimit, setrlimit};
 
+use super::process::{Answer, Job, LINE_BYTES_MAX, Line, Request, Trouble};
+use super::report::{Failure, Report};
+use super::{remote, walk};
 use crate::builds::{Cause, short};
-use crate::git_process::{Answer, Job, LINE_BYTES_MAX, Line, Request, Trouble};
-use crate::git_tree::Refusal;
 
 /// A fetch adds a pack, and nothing ever joins them: from here on the mirror is cloned anew.
 const MIRROR_PACKS_MAX: usize = 400;
 /// Memory beside what the packs are mapped to.
 const MEMORY_BYTES: u64 = 4 << 30;
-/// A sign of life this often, at most.
-const ALIVE_EVERY: Duration = Duration::from_millis(500);
 /// GitHub's replicas can be behind the delivery: a commit that is nowhere is asked for once more after this.
 const REPLICA_LAG: Duration = Duration::from_secs(2);
-
-enum Failure {
-    Trouble(Trouble),
-    /// The mirror cannot be read: clone it anew.
-    Broken(String),
-}
-
-impl From<Trouble> for Failure {
-    fn from(trouble: Trouble) -> Self {
-        Self::Trouble(trouble)
-    }
-}
-
-/// What git2 says about anything but the server is about the mirror.
-impl From<git2::Error> for Failure {
-    fn from(error: git2::Error) -> Self {
-        Self::Broken(error.message().to_owned())
-    }
-}
-
-impl From<Refusal> for Failure {
-    fn from(refusal: Refusal) -> Self {
-        Self::Trouble(match refusal {
-            Refusal::Cause(cause) => Trouble::Cause(cause),
-            Refusal::Io(error) => Trouble::Agent(format!("{error:#}")),
-        })
-    }
-}
 
 /// Reads one request from stdin and answers on stdout. Ends by itself when stdin does: then the agent is gone.
 pub fn main_in_child() -> ExitCode {
@@ -77,9 +44,7 @@ pub fn main_in_child() -> ExitCode {
         std::process::exit(1);
     });
     limit_ourselves(&request);
-    let report = Report {
-        alive: Cell::new(Instant::now()),
-    };
+    let report = Report::new();
     report.line(&match work(&request, &report) {
         Ok(answer) => Line::Answer(answer),
         Err(trouble) => Line::Trouble(trouble),
@@ -107,32 +72,6 @@ fn limit_ourselves(request: &Request) {
     limit(Resource::Cpu, request.seconds_max.max(1));
     limit(Resource::Core, 0);
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
-}
-
-struct Report {
-    alive: Cell<Instant>,
-}
-
-impl Report {
-    fn line(&self, line: &Line) {
-        let mut text = serde_json::to_vec(line).unwrap_or_default();
-        text.push(b'\n');
-        let mut out = std::io::stdout().lock();
-        if out.write_all(&text).and_then(|()| out.flush()).is_err() {
-            std::process::exit(1);
-        }
-    }
-
-    fn note(&self, text: String) {
-        self.line(&Line::Note(text));
-    }
-
-    fn alive(&self) {
-        if self.alive.get().elapsed() >= ALIVE_EVERY {
-            self.alive.set(Instant::now());
-            self.line(&Line::Alive);
-        }
-    }
 }
 
 fn work(request: &Request, report: &Report) -> Result<Answer, Trouble> {

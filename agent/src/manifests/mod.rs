@@ -3,12 +3,17 @@
 //! Reading is `yaml.rs`; here stands what makes a set of documents a set of manifests. What is done to them for one
 //! release is `render.rs`, what an environment allows is `cluster/policy.rs`. Pure: no IO.
 
+pub mod files;
+pub mod render;
+pub mod yaml;
+pub mod yaml_scalar;
+
 use std::collections::HashMap;
 
 use serde_json::Value;
 
+use self::yaml::{Budget, Document};
 use crate::diagnostic::Diagnostic;
-use crate::yaml::{self, Budget, Document};
 
 /// Of all files together.
 pub const BYTES_MAX: usize = 4 << 20;
@@ -65,6 +70,21 @@ pub fn name(object: &Value) -> &str {
 /// `deployment/hello-axum`, as kubectl names it.
 pub fn display_name(object: &Value) -> String {
     format!("{}/{}", kind(object).to_lowercase(), name(object))
+}
+
+/// Where a kind has its pod: JSON pointer of the pod's spec.
+pub fn pod_pointer(kind: &str) -> Option<&'static str> {
+    match kind {
+        "Pod" => Some("/spec"),
+        "Deployment"
+        | "StatefulSet"
+        | "DaemonSet"
+        | "ReplicaSet"
+        | "ReplicationController"
+        | "Job" => Some("/spec/template/spec"),
+        "CronJob" => Some("/spec/jobTemplate/spec/template/spec"),
+        _ => None,
+    }
 }
 
 /// The text at a JSON pointer, empty where there is none.

@@ -1,15 +1,15 @@
 //! From a commit of the mirror to a tree on disk.
 //!
-//! The line: git's tree objects, entry by entry → `git_tree::Writer`, which judges each name and size before any byte
+//! The line: git's tree objects, entry by entry → `tree::Writer`, which judges each name and size before any byte
 //! is written. Content is written as it is stored: no filter, no attribute, no hook.
 
 use std::path::Path;
 
 use git2::{Oid, Repository};
 
-use super::{Failure, Report};
-use crate::git_process::{Request, TreeFacts, Trouble};
-use crate::git_tree::{Writer, shown};
+use super::report::{Failure, Report};
+use super::process::{Request, TreeFacts, Trouble};
+use super::tree::{Writer, shown};
 
 /// Files and folders of one commit.
 const TREE_FILES_MAX: u64 = 500_000;

@@ -11,7 +11,7 @@ use serde::de::{self, Deserialize, Deserializer};
 use serde_json::{Map, Value};
 use serde_saphyr::granit_parser::{Event, Parser, ScalarStyle, Span, StrInput, Tag};
 
-use crate::yaml_scalar::{self as scalar, Scalar};
+use super::yaml_scalar::{self as scalar, Scalar};
 
 /// Deeper nesting is not a manifest but an attack.
 pub const DEPTH_MAX: usize = 64;
