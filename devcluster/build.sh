@@ -5,7 +5,7 @@
 set -euo pipefail
 . "$(dirname "$0")/../dev/lib.sh"
 
-readonly kubernetes=1.34.4 metrics_server=v0.9.0 coredns=v1.15.0
+readonly kubernetes=1.34.4 # the others by go.mod
 readonly here=$repo/devcluster
 
 main() {
@@ -29,14 +29,12 @@ hash_of_inputs() {
 
 build_programs() {
     have go || fail "Go is missing: the embedded cluster is built from source" "install Go 1.24 or later from https://go.dev/dl/ and put its bin folder on PATH"
-    export CGO_ENABLED=0 GOBIN=$cache GOWORK=off GOFLAGS=-buildvcs=false
+    export CGO_ENABLED=0 GOWORK=off GOFLAGS=-buildvcs=false
     local version=k8s.io/component-base/version
     cd "$here"
     build kubeall "kubernetes $kubernetes $(cat go.mod go.sum main.go | sha256sum)" \
         build -trimpath -o "$cache/kubeall" -ldflags "-s -w -X $version.gitVersion=v$kubernetes -X $version.gitMajor=1 -X $version.gitMinor=$(cut -d. -f2 <<< $kubernetes)" .
     build pause "$(sha256sum < pause/main.go)" build -trimpath -o "$cache/pause" -ldflags '-s -w' ./pause
-    build metrics-server $metrics_server install -trimpath -ldflags '-s -w' "sigs.k8s.io/metrics-server/cmd/metrics-server@$metrics_server"
-    build coredns $coredns install -trimpath -ldflags '-s -w' "github.com/coredns/coredns@$coredns"
 }
 
 # build NAME VERSION GO_ARGUMENTS...: unless NAME of that version is in the cache.
@@ -64,7 +62,7 @@ build_image() {
     rm -rf "$context"
     mkdir -p "$context"
     cp "$here"/{Dockerfile,*.yaml,*.yml,*.toml,*.conflist,Corefile,entry.sh} "$context"
-    for program in kubeall pause metrics-server coredns; do
+    for program in kubeall pause; do
         ln "$cache/$program" "$context/$program"
     done
     {
