@@ -3,6 +3,8 @@
 //!
 //! Pure: no IO, no async. Rendering is done by `render.rs`, applying by `cluster/apply.rs`.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -22,6 +24,9 @@ pub struct Release {
     pub namespace: String,
     /// Every object, rendered, in the order in which it is applied.
     pub objects: Vec<serde_json::Value>,
+    /// Images that are built elsewhere: the manifest's reference, and the one with a digest that it was resolved to.
+    #[serde(default)]
+    pub pinned: BTreeMap<String, String>,
     pub smoke_tests: Vec<SmokeTest>,
     pub verify: Verify,
     pub rollback: Rollback,

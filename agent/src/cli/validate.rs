@@ -277,6 +277,7 @@ fn look_at_images(
         namespace,
         repositories: &repositories,
         image: &image,
+        pinned: &std::collections::BTreeMap::new(),
         build_id: 1,
         commit: "",
         title: "",

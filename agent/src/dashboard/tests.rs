@@ -1039,6 +1039,7 @@ async fn only_what_serves_now_is_called_live() {
             image: "hello@sha256:0".to_owned(),
             namespace: "hello-ns".to_owned(),
             objects: Vec::new(),
+            pinned: std::collections::BTreeMap::new(),
             smoke_tests: Vec::new(),
             verify: Verify::default(),
             rollback: Rollback::Automatic,

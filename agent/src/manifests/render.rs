@@ -3,7 +3,7 @@
 //! Namespace, digests, names of Jobs, the hashes that decide what is rolled, the order of apply. Nothing here knows
 //! what is live: `cluster/apply.rs` adapts an object to that. Pure: no IO.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Map, Value, json};
 
@@ -40,6 +40,8 @@ pub struct Target<'a> {
     pub repositories: &'a [String],
     /// `PREFIX/NAME@sha256:…`.
     pub image: &'a str,
+    /// What each other image is deployed as, by its reference; one that is not here stays as it is written.
+    pub pinned: &'a BTreeMap<String, String>,
     pub build_id: i64,
     pub commit: &'a str,
     pub title: &'a str,
@@ -81,6 +83,26 @@ pub fn render(target: &Target<'_>, manifests: &[Manifest]) -> Result<Rendered, C
         stamp_history(target, object, &set_hash);
     }
     Ok(Rendered { objects, set_hash })
+}
+
+/// References of images that are built elsewhere and named without a digest.
+pub fn foreign_images(repositories: &[String], manifests: &[Manifest]) -> BTreeSet<String> {
+    let pods = manifests
+        .iter()
+        .filter_map(|manifest| manifest.object.pointer(pod_pointer(manifest.kind())?));
+    pods.flat_map(|pod| {
+        CONTAINER_LISTS
+            .iter()
+            .filter_map(|list| pod.get(list)?.as_array())
+    })
+    .flatten()
+    .map(|container| text(container, "/image"))
+    .filter(|image| {
+        let is_ours = repositories.iter().any(|name| name == repository(image));
+        !is_ours && !image.is_empty() && !image.contains('@')
+    })
+    .map(str::to_owned)
+    .collect()
 }
 
 /// Workloads whose pods a release waits for, and whose history `kubectl rollout` shows.
@@ -194,6 +216,8 @@ fn template_mut(object: &mut Value) -> Option<&mut Value> {
     (!pointer.is_empty()).then(|| object.pointer_mut(pointer))?
 }
 
+const CONTAINER_LISTS: [&str; 3] = ["initContainers", "containers", "ephemeralContainers"];
+
 /// How many images became the one that was built.
 fn replace_images(target: &Target<'_>, object: &mut Value) -> usize {
     let Some(pod) = pod_pointer(kind(object)).and_then(|pointer| object.pointer_mut(pointer))
@@ -201,7 +225,7 @@ fn replace_images(target: &Target<'_>, object: &mut Value) -> usize {
         return 0;
     };
     let mut replaced = 0;
-    for list in ["initContainers", "containers", "ephemeralContainers"] {
+    for list in CONTAINER_LISTS {
         for container in pod
             .get_mut(list)
             .and_then(Value::as_array_mut)
@@ -209,14 +233,18 @@ fn replace_images(target: &Target<'_>, object: &mut Value) -> usize {
             .flatten()
         {
             let image = text(container, "/image");
-            if target
+            let is_ours = target
                 .repositories
                 .iter()
-                .any(|name| name == repository(image))
-                && let Some(container) = container.as_object_mut()
-            {
-                container.insert("image".to_owned(), target.image.into());
-                replaced += 1;
+                .any(|name| name == repository(image));
+            let becomes = if is_ours {
+                Some(target.image)
+            } else {
+                target.pinned.get(image).map(String::as_str)
+            };
+            if let (Some(becomes), Some(container)) = (becomes, container.as_object_mut()) {
+                container.insert("image".to_owned(), becomes.into());
+                replaced += usize::from(is_ours);
             }
         }
     }
@@ -473,6 +501,10 @@ spec:
             namespace: "demo",
             repositories: &repositories,
             image: IMAGE,
+            pinned: &BTreeMap::from([(
+                "docker.io/library/busybox:1".to_owned(),
+                "docker.io/library/busybox:1@sha256:44".to_owned(),
+            )]),
             build_id,
             commit: "0123456789abcdef0123456789abcdef01234567",
             title: "Say hello\u{7}",
@@ -510,7 +542,7 @@ spec:
         assert_eq!(text(web, "/spec/template/spec/containers/0/image"), IMAGE);
         assert_eq!(
             text(web, "/spec/template/spec/containers/1/image"),
-            "docker.io/library/busybox:1"
+            "docker.io/library/busybox:1@sha256:44"
         );
         assert_eq!(
             text(web, "/spec/template/spec/imagePullSecrets/0/name"),
@@ -604,5 +636,16 @@ spec:
         assert_eq!(repository("localhost:5001/a"), "localhost:5001/a");
         assert_eq!(repository("a:1"), "a");
         assert_eq!(repository("a"), "a");
+    }
+
+    #[test]
+    fn images_built_elsewhere_are_found_less_those_with_a_digest() {
+        let read = manifests::read(&[("app.yaml".to_owned(), SET.to_owned())]).unwrap();
+        let ours = ["hello", "localhost:5002/hello"].map(str::to_owned);
+        let foreign = foreign_images(&ours, &read);
+        assert_eq!(
+            foreign.into_iter().collect::<Vec<_>>(),
+            ["docker.io/library/busybox:1"]
+        );
     }
 }

@@ -427,7 +427,11 @@ impl<'a> Line<'a> {
         checked_out: &CheckedOut,
         built: &Built,
     ) -> StageResult<Applied> {
-        let release = deploy::plan(scope, checked_out, built).await?;
+        let serving = match self.agent.store.deployed(&self.build.environment).await?.1 {
+            Some(id) => Some(self.stored_release(id).await?),
+            None => None,
+        };
+        let release = deploy::plan(scope, checked_out, built, serving.as_ref()).await?;
         if !self.agent.store.begin_deploying(self.build).await? {
             return Err(StageError::Canceled);
         }

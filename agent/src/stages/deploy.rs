@@ -9,12 +9,12 @@ use std::time::Duration;
 use anyhow::Context;
 use serde_json::{Value, json};
 
-use super::{Applied, Built, CheckedOut, Scope, StageError, StageResult, limited};
+use super::{Applied, Built, CheckedOut, Scope, StageError, StageResult, foreign_images, limited};
 use crate::builds::Cause;
 use crate::cluster::apply::{self, Done, Rules};
 use crate::cluster::ownership::Taking;
 use crate::cluster::{Cluster, Resource, Trouble, diff, policy};
-use crate::manifests::render::{self, Rendered, Target, is_workload, template_hash};
+use crate::manifests::render::{self, Target, is_workload, template_hash};
 use crate::manifests::{self, Manifest, api_version, display_name, files, kind, name, text};
 use crate::pipeline::Pipeline;
 use crate::release::{AppliedObject, Change, Release};
@@ -35,13 +35,29 @@ impl From<Trouble> for StageError {
     }
 }
 
-/// Everything that can be known before the first mutation. The release's `id` is 0: it is the runner's to store.
+/// Everything that can be known before the first mutation, given what serves now. The release's `id` is 0: it is the
+/// runner's to store.
 pub async fn plan(
     scope: &Scope<'_>,
     checked_out: &CheckedOut,
     built: &Built,
+    serving: Option<&Release>,
 ) -> StageResult<Release> {
-    let rendered = render(scope, checked_out, built).await?;
+    let manifests = read(scope, checked_out).await?;
+    let repositories = repositories(&checked_out.pipeline, built);
+    let foreign = render::foreign_images(&repositories, &manifests);
+    let kept = serving.map(|release| &release.pinned);
+    let pinned = foreign_images::pin(scope, foreign, kept).await?;
+    let target = Target {
+        namespace: &scope.environment.namespace,
+        repositories: &repositories,
+        image: &built.reference(),
+        pinned: &pinned,
+        build_id: scope.build.id,
+        commit: &checked_out.commit,
+        title: &checked_out.title,
+    };
+    let rendered = render::render(&target, &manifests).map_err(StageError::Failed)?;
     let cluster = Cluster::connect(scope.environment).await?;
     limited(
         scope,
@@ -59,6 +75,7 @@ pub async fn plan(
         image: built.reference(),
         namespace: scope.environment.namespace.clone(),
         objects: rendered.objects,
+        pinned,
         smoke_tests: pipeline.smoke_test.clone(),
         verify: pipeline.verify.clone(),
         rollback: pipeline.rollback,
@@ -109,11 +126,8 @@ pub fn undo_hint(release: &Release, applied: Option<&Applied>) -> Option<String>
     (!commands.is_empty()).then(|| commands.join(" && "))
 }
 
-async fn render(
-    scope: &Scope<'_>,
-    checked_out: &CheckedOut,
-    built: &Built,
-) -> StageResult<Rendered> {
+/// The manifests of the commit, each of them allowed.
+async fn read(scope: &Scope<'_>, checked_out: &CheckedOut) -> StageResult<Vec<Manifest>> {
     let (tree, paths) = (
         checked_out.tree.clone(),
         checked_out.pipeline.deploy.manifests.clone(),
@@ -129,32 +143,12 @@ async fn render(
         StageError::Failed(Cause::new("manifest_invalid", sentence).object(diagnostic.path))
     })?;
     policy::check(scope.environment, &manifests).map_err(StageError::Failed)?;
-    let rendered =
-        render_manifests(scope, checked_out, built, &manifests).map_err(StageError::Failed)?;
     scope.log.line(format!(
         "{} objects from {} files",
-        rendered.objects.len(),
+        manifests.len(),
         texts.len()
     ));
-    Ok(rendered)
-}
-
-fn render_manifests(
-    scope: &Scope<'_>,
-    checked_out: &CheckedOut,
-    built: &Built,
-    manifests: &[Manifest],
-) -> Result<Rendered, Cause> {
-    let repositories = repositories(&checked_out.pipeline, built);
-    let target = Target {
-        namespace: &scope.environment.namespace,
-        repositories: &repositories,
-        image: &built.reference(),
-        build_id: scope.build.id,
-        commit: &checked_out.commit,
-        title: &checked_out.title,
-    };
-    render::render(&target, manifests)
+    Ok(manifests)
 }
 
 fn repositories(pipeline: &Pipeline, built: &Built) -> Vec<String> {

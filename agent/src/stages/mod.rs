@@ -9,6 +9,7 @@ pub mod context;
 pub mod deploy;
 pub mod expect;
 pub mod failed_tests;
+pub mod foreign_images;
 pub mod image;
 pub mod patience;
 pub mod smoke_test;

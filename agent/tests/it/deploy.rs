@@ -14,7 +14,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 
-use crate::support::{Namespace, busybox, eventually, kubeconfig, kubectl, setting};
+use crate::support::{Namespace, busybox, eventually, kubeconfig, kubectl, registry, setting};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 const LIMIT: Duration = Duration::from_secs(90);
@@ -77,6 +77,16 @@ impl Place {
     }
 
     async fn plan(&self, number: i64, manifests: &str) -> (StageResult<Release>, String) {
+        self.plan_over(number, manifests, None).await
+    }
+
+    /// As `plan`, where a release serves already.
+    async fn plan_over(
+        &self,
+        number: i64,
+        manifests: &str,
+        serving: Option<&Release>,
+    ) -> (StageResult<Release>, String) {
         let folder = self.tree.path().join("k8s");
         std::fs::create_dir_all(&folder).unwrap();
         std::fs::write(folder.join("app.yaml"), manifests).unwrap();
@@ -99,7 +109,7 @@ impl Place {
             config_digest: String::new(),
         };
         self.with_scope(number, async |scope| {
-            deploy::plan(scope, &checked_out, &built).await
+            deploy::plan(scope, &checked_out, &built, serving).await
         })
         .await
     }
@@ -834,4 +844,63 @@ async fn a_cluster_that_is_away_is_our_error_after_a_bounded_time() {
         begun.elapsed()
     );
     assert!(format!("{error:#}").contains("tried for 2 s"), "{error:#}");
+}
+
+#[tokio::test]
+async fn an_image_built_elsewhere_keeps_its_digest_until_its_name_changes() {
+    let place = Place::new("deploy-foreign");
+    let name = format!("{}/{}/side", registry(), place.ns());
+    let publish = |label: &str| {
+        let line = format!(
+            "printf 'FROM {}\nLABEL of={label}\n' | docker build -q -t {name}:1 - && docker push -q {name}:1",
+            busybox()
+        );
+        assert!(
+            Command::new("bash")
+                .args(["-ec", &line])
+                .status()
+                .unwrap()
+                .success()
+        );
+    };
+    publish("one");
+    let side = format!(
+        "- {{name: side, image: '{name}:1'}}\n        - {{name: away, image: '127.0.0.1:9/away:1'}}"
+    );
+    let set = deployment(
+        "web",
+        "",
+        &format!("imagePullPolicy: IfNotPresent\n        {side}"),
+    );
+    let image = |release: &Release, at: usize| {
+        let path = format!("/spec/template/spec/containers/{at}/image");
+        release.objects[0]
+            .pointer(&path)
+            .unwrap()
+            .as_str()
+            .unwrap()
+            .to_owned()
+    };
+    let (first, log) = place.plan(1, &set).await;
+    let first = first.unwrap();
+    assert!(
+        image(&first, 1).starts_with(&format!("{name}:1@sha256:")),
+        "{}",
+        image(&first, 1)
+    );
+    assert_eq!(image(&first, 2), "127.0.0.1:9/away:1");
+    assert!(
+        log.contains("127.0.0.1:9/away:1 is deployed by its tag: 127.0.0.1:9 does not say"),
+        "{log}"
+    );
+
+    publish("two");
+    let kept = place.plan_over(2, &set, Some(&first)).await.0.unwrap();
+    assert_eq!(image(&kept, 1), image(&first, 1));
+    assert_eq!(kept.set_hash, first.set_hash);
+    let anew = place.plan(3, &set).await.0.unwrap();
+    assert_ne!(image(&anew, 1), image(&first, 1));
+    let _ = Command::new("docker")
+        .args(["image", "rm", &format!("{name}:1")])
+        .output();
 }
