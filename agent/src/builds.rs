@@ -2,9 +2,6 @@
 //!
 //! Pure: no IO, no async, nothing of ours. Everything that stores, shows or judges a build speaks with these types.
 
-use std::fmt;
-use std::str::FromStr;
-
 use serde::{Deserialize, Serialize};
 
 /// Milliseconds since 1970 (UTC), as every table and every JSON answer holds them.
@@ -14,7 +11,7 @@ pub type Millis = i64;
 macro_rules! named {
     ($(#[$meta:meta])* $name:ident { $($(#[$vmeta:meta])* $variant:ident = $text:literal),+ $(,)? }) => {
         $(#[$meta])*
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
         #[serde(rename_all = "snake_case")]
         pub enum $name { $($(#[$vmeta])* $variant),+ }
 
@@ -26,11 +23,11 @@ macro_rules! named {
             }
         }
 
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result { f.pad(self.as_str()) }
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result { f.pad(self.as_str()) }
         }
 
-        impl FromStr for $name {
+        impl std::str::FromStr for $name {
             type Err = anyhow::Error;
 
             fn from_str(text: &str) -> anyhow::Result<Self> {
@@ -42,6 +39,7 @@ macro_rules! named {
         }
     };
 }
+pub(crate) use named;
 
 named! {
     /// Where a build is in its life. Everything after `Running` is terminal and never changes again.
@@ -148,6 +146,17 @@ named! {
         Push = "push",
         Manual = "manual",
         Rerun = "rerun",
+        /// A person goes back to an earlier release.
+        Undo = "undo",
+        /// A person goes forward again.
+        Redo = "redo",
+    }
+}
+
+impl BuildKind {
+    /// A release that served before is brought back: nothing is built.
+    pub fn brings_back(self) -> bool {
+        matches!(self, Self::Undo | Self::Redo)
     }
 }
 
@@ -222,6 +231,9 @@ pub struct Build {
     pub cancel_requested: bool,
     /// The newer build that takes its place.
     pub superseded_by: Option<i64>,
+    /// The release that its rollback put back.
+    #[serde(default)]
+    pub restored_release: Option<i64>,
 }
 
 /// One stage of one build.

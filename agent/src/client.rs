@@ -71,6 +71,23 @@ pub struct Place {
     pub branch: String,
 }
 
+/// One time that a release served, or one that failed to.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Served {
+    pub release: i64,
+    pub build: i64,
+    pub commit: String,
+    pub title: String,
+    pub image: String,
+    pub state: String,
+    pub kind: String,
+    pub by: String,
+    pub revisions: serde_json::Map<String, Value>,
+    pub began_at: Millis,
+    pub ended_at: Option<Millis>,
+    pub ended_why: Option<String>,
+}
+
 /// Which builds to list, newest first.
 #[derive(Debug, Clone, Default)]
 pub struct Wanted {
@@ -92,6 +109,13 @@ pub enum Event {
     },
     /// The build has ended, and so has its log.
     End,
+}
+
+/// A name as one segment of a path.
+fn encoded(name: &str) -> String {
+    url::form_urlencoded::byte_serialize(name.as_bytes())
+        .collect::<String>()
+        .replace('+', "%20")
 }
 
 /// Cheap to clone.
@@ -163,6 +187,23 @@ impl Client {
     pub async fn cancel(&self, id: i64) -> Result<Value, Problem> {
         self.json(self.post(&format!("/api/builds/{id}/cancel")))
             .await
+    }
+
+    /// What served in an environment and what failed to: `{"releases": […], "current": …, "pinned": …}`.
+    pub async fn releases(&self, environment: &str) -> Result<Value, Problem> {
+        let path = format!("/api/environments/{}/releases", encoded(environment));
+        self.json(self.get(&path)).await
+    }
+
+    /// `undo`, `redo`, `pin` or `unpin`.
+    pub async fn change(
+        &self,
+        environment: &str,
+        action: &str,
+        body: &Value,
+    ) -> Result<Value, Problem> {
+        let path = format!("/api/environments/{}/{action}", encoded(environment));
+        self.json(self.post(&path).json(body)).await
     }
 
     /// The log as it is now, byte for byte; read it with `piece`.

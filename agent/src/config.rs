@@ -63,6 +63,49 @@ pub struct Config {
     pub environments: Vec<Environment>,
 }
 
+impl Environment {
+    /// For commands that need no server: what a person's kubeconfig leads to. `name` is that of the lease.
+    pub fn of_person(
+        name: &str,
+        kubeconfig: Option<PathBuf>,
+        context: Option<String>,
+        namespace: String,
+    ) -> Self {
+        Self {
+            name: name.to_owned(),
+            repository: String::new(),
+            branch: String::new(),
+            pipeline: pipeline_path(),
+            clone_url: String::new(),
+            clone_token: None,
+            ssh_key: None,
+            known_hosts: None,
+            webhook_secrets: Vec::new(),
+            kubeconfig_of_person: kubeconfig.is_none(),
+            kubeconfig,
+            context,
+            namespace,
+            create_namespace: false,
+            image_prefix: String::new(),
+            registry: None,
+            build_args: BTreeMap::new(),
+            allowed_kinds: kinds(),
+            take_fields_from: Vec::new(),
+            smoke_test_hosts: Vec::new(),
+            nodes_autoscale: false,
+            prune_many: false,
+            limits: Limits::default(),
+        }
+    }
+}
+
+/// What other programs of this machine are given of the environment: where programs are.
+pub fn variables_for_programs() -> impl Iterator<Item = (&'static str, std::ffi::OsString)> {
+    ["PATH"]
+        .into_iter()
+        .filter_map(|name| Some((name, std::env::var_os(name)?)))
+}
+
 /// What the git process keeps of the environment: where programs and certificate authorities are.
 pub fn variables_for_git() -> impl Iterator<Item = (&'static str, std::ffi::OsString)> {
     ["PATH", "SSL_CERT_FILE", "SSL_CERT_DIR"]
@@ -150,8 +193,14 @@ pub struct Environment {
     /// New nodes may come: an unschedulable pod has 120 s.
     #[serde(default)]
     pub nodes_autoscale: bool,
+    /// A release may take away more than half of what the last one had, or more than 20 objects.
+    #[serde(default)]
+    pub prune_many: bool,
     #[serde(default)]
     pub limits: Limits,
+    /// A person's own kubeconfig, as kubectl finds it; only for commands that need no server.
+    #[serde(skip)]
+    pub kubeconfig_of_person: bool,
 }
 
 #[derive(Debug, Clone, Deserialize)]

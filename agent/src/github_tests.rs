@@ -28,6 +28,7 @@ fn build(status: Status) -> Build {
         finished_at: status.is_terminal().then_some(43_000),
         cancel_requested: false,
         superseded_by: None,
+        restored_release: None,
     }
 }
 

@@ -24,6 +24,12 @@ pub struct Release {
     pub namespace: String,
     /// Every object, rendered, in the order in which it is applied.
     pub objects: Vec<serde_json::Value>,
+    /// What it was to change, by the dry run.
+    #[serde(default)]
+    pub plan: Vec<Planned>,
+    /// What earlier releases made and this one no longer has: removed once it is live.
+    #[serde(default)]
+    pub prune: Vec<AppliedObject>,
     /// Images that are built elsewhere: the manifest's reference, and the one with a digest that it was resolved to.
     #[serde(default)]
     pub pinned: BTreeMap<String, String>,
@@ -49,18 +55,61 @@ pub struct AppliedObject {
     pub change: Change,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Change {
-    Created,
-    Changed,
-    Unchanged,
+crate::builds::named! {
+    /// What an apply does to one object.
+    Change {
+        Created = "created",
+        Changed = "changed",
+        Unchanged = "unchanged",
+        /// An earlier release made it, and this one no longer has it.
+        Removed = "removed",
+    }
+}
+
+/// What one object of a release would come to, as the dry run saw it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Planned {
+    /// `deployment/hello-axum`
+    pub object: String,
+    pub change: Change,
+    /// `spec.replicas: 3 → 4`; what is secret is masked.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lines: Vec<String>,
+    /// What is taken from whom, and what could not be checked.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
+}
+
+/// A text that shows what failed, kept before anything is undone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Evidence {
+    /// `pod/hello-5d9: log of main, before its restart`
+    pub title: String,
+    pub body: String,
 }
 
 impl AppliedObject {
     /// `deployment/hello-axum`, as kubectl names it.
     pub fn display_name(&self) -> String {
         format!("{}/{}", self.kind.to_lowercase(), self.name)
+    }
+
+    /// Whether it is the object of this manifest, in whichever version of its group.
+    pub fn is_named_by(&self, manifest: &serde_json::Value) -> bool {
+        let text = |pointer| {
+            manifest
+                .pointer(pointer)
+                .and_then(serde_json::Value::as_str)
+                .unwrap_or_default()
+        };
+        let group = |version: &str| {
+            version
+                .rsplit_once('/')
+                .map_or(String::new(), |(group, _)| group.to_owned())
+        };
+        text("/kind") == self.kind
+            && text("/metadata/name") == self.name
+            && group(text("/apiVersion")) == group(&self.api_version)
     }
 }
 

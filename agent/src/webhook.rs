@@ -25,6 +25,8 @@ use crate::store::Delivery;
 
 /// GitHub's own cap on payloads.
 pub const BODY_BYTES_MAX: usize = 25 << 20;
+/// Of a body that is too large.
+const DRAINED_BYTES_MAX: usize = 64 << 20;
 /// Bodies in flight over all connections.
 const BODIES_KIB_MAX: usize = 128 << 10;
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -112,6 +114,7 @@ async fn take(app: &App, request: Request<Body>) -> Result<Response, Rejection> 
 async fn read(headers: &HeaderMap, body: Body) -> Result<Vec<u8>, Rejection> {
     let announced = header_text(headers, "content-length").parse::<usize>().ok();
     if announced.is_some_and(|bytes| bytes > BODY_BYTES_MAX) {
+        drain(body).await;
         return Err(Rejection::TooLarge);
     }
     let reading = async {
@@ -143,6 +146,15 @@ async fn read(headers: &HeaderMap, body: Body) -> Result<Vec<u8>, Rejection> {
                 "the body did not come in time".to_owned(),
             ))
         })
+}
+
+/// Who still sends when the connection ends sees a broken pipe, and not the answer: so a little more is taken and dropped.
+async fn drain(body: Body) {
+    let dropping = async {
+        let mut body = Limited::new(body, DRAINED_BYTES_MAX);
+        while let Some(Ok(_)) = body.frame().await {}
+    };
+    let _ = tokio::time::timeout(BODY_TIMEOUT, dropping).await;
 }
 
 /// The environments one of whose secrets signed these bytes. None is a rejection.

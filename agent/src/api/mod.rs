@@ -3,6 +3,7 @@
 //! The line: `request → store → answer`. Starts no work: a build that is asked for here is a row that the queue finds.
 //! Host, Origin and token were checked by server.rs before any of this runs.
 
+pub mod environments;
 pub mod filter;
 pub mod live;
 
@@ -41,7 +42,17 @@ pub fn router() -> Router<App> {
         .route("/api/builds/{id}/log/live", get(live::live))
         .route("/api/builds/{id}/cancel", post(cancel))
         .route("/api/builds/{id}/rerun", post(rerun))
-        .route("/api/environments", get(environments))
+        .route("/api/builds/{id}/evidence", get(evidence))
+        .route("/api/builds/{id}/plan", get(plan))
+        .route("/api/environments", get(environments::list))
+        .route(
+            "/api/environments/{name}/releases",
+            get(environments::releases),
+        )
+        .route("/api/environments/{name}/undo", post(environments::undo))
+        .route("/api/environments/{name}/redo", post(environments::redo))
+        .route("/api/environments/{name}/pin", post(environments::pin))
+        .route("/api/environments/{name}/unpin", post(environments::unpin))
         .route("/api", any(unknown_path))
         .route("/api/{*rest}", any(unknown_path))
         .method_not_allowed_fallback(async || {
@@ -233,13 +244,17 @@ async fn create(
     enqueue(&app, &environment.name, &push, BuildKind::Manual).await
 }
 
-fn manual_build(body: Result<Bytes, BytesRejection>) -> Result<ManualBuild, ApiError> {
-    let body = body.map_err(|rejection| {
+fn read_body(body: Result<Bytes, BytesRejection>) -> Result<Bytes, ApiError> {
+    body.map_err(|rejection| {
         ApiError::new(
             rejection.status(),
             format!("cannot read the body (at most {BODY_BYTES_MAX} bytes)"),
         )
-    })?;
+    })
+}
+
+fn manual_build(body: Result<Bytes, BytesRejection>) -> Result<ManualBuild, ApiError> {
+    let body = read_body(body)?;
     serde_json::from_slice(&body).map_err(|error| {
         ApiError::new(
             StatusCode::BAD_REQUEST,
@@ -296,6 +311,11 @@ async fn enqueue(
     push: &Push,
     kind: BuildKind,
 ) -> Result<Response, ApiError> {
+    if let Some(pin) = app.store.pinned(environment).await? {
+        let problem = format!("{environment} is pinned by {}: {}", pin.by, pin.reason);
+        return Err(ApiError::new(StatusCode::CONFLICT, problem)
+            .hint(format!("`landfall unpin {environment}` lets it go")));
+    }
     let id = app.store.enqueue(environment, push, kind).await?;
     accepted(app, id).await
 }
@@ -339,22 +359,24 @@ async fn rerun(State(app): State<App>, path: IdPath) -> Result<Response, ApiErro
     enqueue(&app, &build.environment, &push, BuildKind::Rerun).await
 }
 
-async fn environments(State(app): State<App>) -> Result<axum::Json<Value>, ApiError> {
-    let mut environments = Vec::with_capacity(app.config.environments.len());
-    for environment in &app.config.environments {
-        let (commit, release) = app.store.deployed(&environment.name).await?;
-        let build = current_build(&app.store, &environment.name).await?;
-        let build = build.map(|build| view(&app.config, &build)).transpose()?;
-        environments.push(json!({
-            "name": environment.name,
-            "repository": environment.repository,
-            "branch": environment.branch,
-            "namespace": environment.namespace,
-            "deployed": {"commit": commit, "release": release},
-            "build": build,
-        }));
-    }
-    Ok(axum::Json(json!({"environments": environments})))
+/// What a failed release showed, kept before it was undone.
+async fn evidence(State(app): State<App>, path: IdPath) -> Result<axum::Json<Value>, ApiError> {
+    let build = find(&app.store, &path).await?;
+    let evidence = app.store.evidence(build.id).await?;
+    Ok(axum::Json(json!({"build": build.id, "evidence": evidence})))
+}
+
+/// What the build was to change, object by object.
+async fn plan(State(app): State<App>, path: IdPath) -> Result<axum::Json<Value>, ApiError> {
+    let build = find(&app.store, &path).await?;
+    let release = match build.release_id {
+        Some(id) => app.store.release(id).await?,
+        None => None,
+    };
+    let plan = release.map(|release| release.plan);
+    Ok(axum::Json(
+        json!({"build": build.id, "release": build.release_id, "plan": plan}),
+    ))
 }
 
 /// The build that runs in an environment, else the newest that waits or has ended.

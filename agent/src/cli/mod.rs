@@ -13,18 +13,25 @@ macro_rules! exit_codes {
 
 pub mod build;
 pub mod cancel;
+pub mod deploy;
 pub mod doctor;
 pub mod doctor_cluster;
 pub mod doctor_registry;
 pub mod findings;
 pub mod follow;
+pub mod history;
 pub mod logs;
+pub mod pin;
+pub mod plan;
 pub mod rerun;
 pub mod schema;
 pub mod serve;
+pub mod standalone;
 pub mod status;
 pub mod terminal;
+pub mod undo;
 pub mod validate;
+pub mod verify;
 
 use std::io;
 use std::path::PathBuf;
@@ -66,6 +73,10 @@ Examples:
   landfall build main                build the head of a branch and follow it to its end
   landfall logs -f 42                follow build #42
   landfall status                    what was built, and what became of it
+  landfall history hello             what served in an environment, and why it ended
+  landfall undo hello                back to the release before, verified
+  landfall plan                      what a push of this working tree would change
+  landfall verify deployment/web     in the place of `kubectl rollout status`: says why it fails
 
 The agent is found by --server, LANDFALL_SERVER or ./agent.yaml; its token by LANDFALL_TOKEN, LANDFALL_TOKEN_FILE
 or data_dir/admin-token.";
@@ -86,6 +97,14 @@ enum Command {
     Logs(logs::Arguments),
     Rerun(rerun::Arguments),
     Cancel(cancel::Arguments),
+    History(history::Arguments),
+    Undo(undo::Arguments),
+    Redo(undo::RedoArguments),
+    Pin(pin::Arguments),
+    Unpin(pin::UnpinArguments),
+    Plan(plan::Arguments),
+    Verify(verify::Arguments),
+    Deploy(deploy::Arguments),
     Doctor(doctor::Arguments),
     Validate(validate::Arguments),
     /// Print the JSON schema of pipeline.yaml (draft-07), for editors
@@ -174,6 +193,14 @@ async fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
         Command::Logs(arguments) => logs::run(&arguments).await,
         Command::Rerun(arguments) => rerun::run(&arguments).await,
         Command::Cancel(arguments) => cancel::run(&arguments).await,
+        Command::History(arguments) => history::run(&arguments).await,
+        Command::Undo(arguments) => undo::run(&arguments).await,
+        Command::Redo(arguments) => undo::redo(&arguments).await,
+        Command::Pin(arguments) => pin::run(&arguments).await,
+        Command::Unpin(arguments) => pin::unpin(&arguments).await,
+        Command::Plan(arguments) => plan::run(&arguments).await,
+        Command::Verify(arguments) => verify::run(&arguments).await,
+        Command::Deploy(arguments) => deploy::run(&arguments).await,
         Command::Doctor(arguments) => doctor::run(&arguments).await,
         Command::Validate(arguments) => validate::run(&arguments).await,
         Command::Schema => schema::run(),
@@ -244,6 +271,23 @@ fn hint(problem: &Problem) -> Option<&'static str> {
             "set LANDFALL_TOKEN or LANDFALL_TOKEN_FILE, or name the agent's file with --config agent.yaml",
         ),
         Problem::Refused { .. } => None,
+    }
+}
+
+/// The environment that is meant: the only one that the agent has, where none is named.
+async fn environment(client: &Client, named: Option<&str>) -> anyhow::Result<String> {
+    if let Some(name) = named {
+        return Ok(name.to_owned());
+    }
+    let places: Vec<crate::client::Place> =
+        crate::client::read_list(&client.environments().await?, "environments")?;
+    match places.as_slice() {
+        [only] => Ok(only.name.clone()),
+        [] => anyhow::bail!("the agent has no environment"),
+        several => {
+            let names: Vec<&str> = several.iter().map(|place| place.name.as_str()).collect();
+            anyhow::bail!("say which environment: the agent has {}", names.join(", "))
+        }
     }
 }
 

@@ -126,7 +126,7 @@ fn row(build: &Build, at: Millis) -> [String; 8] {
 }
 
 /// `3 min ago`: the largest unit alone.
-fn ago(millis: Millis) -> String {
+pub fn ago(millis: Millis) -> String {
     let seconds = millis.max(0) / 1000;
     match seconds {
         0..60 => format!("{seconds} s ago"),
@@ -182,6 +182,12 @@ fn page(detail: &Detail, at: Millis) -> String {
         ),
     );
     line("image", plain(build.image.as_deref().unwrap_or_default()));
+    if let Some(release) = build.restored_release {
+        line(
+            "serves",
+            format!("release {release}, put back and verified"),
+        );
+    }
     if let Some(newer) = build.superseded_by {
         line("newer", format!("#{newer}"));
     }

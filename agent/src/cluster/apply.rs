@@ -7,26 +7,33 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use kube::api::{Patch, PatchParams, PostParams, ValidationDirective};
+use kube::api::{
+    DeleteParams, Patch, PatchParams, PostParams, Preconditions, PropagationPolicy,
+    ValidationDirective,
+};
 use kube::core::Status;
 use serde_json::{Value, json};
 
-use super::ownership::{self, MANAGER, MANAGER_REPLICAS, Taking};
+use super::lease::{self, Held};
+use super::ownership::{self, FENCE, MANAGER, MANAGER_REPLICAS, Taking};
 use super::{Answer, Cluster, Resource, Trouble, refusal};
 use crate::builds::Cause;
 use crate::manifests::render::{HISTORY, is_workload, template, template_hash};
 use crate::manifests::{api_version, display_name, kind, name, text};
+use crate::release::AppliedObject;
 
 /// Somebody else writes the object at the same time.
 const TRIES_MAX: u32 = 5;
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// What holds for every object of one release.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub struct Rules<'a> {
     pub taking: Taking<'a>,
     /// Kind and name of the workloads whose replicas an autoscaler has, live or in the set.
     pub autoscaled: BTreeSet<(String, String)>,
+    /// The right under which we write; None for a dry run, and for the namespace.
+    pub held: Option<&'a Held>,
 }
 
 /// An object before and after.
@@ -172,8 +179,25 @@ async fn attempt_once(
         live = Some(prepared);
     }
     let mut desired = adapt(resource, object, live.as_ref(), autoscaled, dry_run);
+    if let Some(held) = rules.held {
+        if live.is_none() {
+            // Nothing of an object that is not there can be compared by the server.
+            lease::ensure_newest(held, object).await?;
+        }
+        let fence = held.fence;
+        // Not forced, so that the server compares it: left out it would fail open.
+        set_label(&mut desired, FENCE, &fence.to_string());
+    }
     let status = match patch(cluster, resource, &desired, MANAGER, false, dry_run).await {
         Ok(after) => {
+            let after = match (rules.held, &before) {
+                // New objects are fenced at once: from here on another's apply is refused.
+                (Some(held), None) => lease::fence(held, resource, &after)
+                    .await?
+                    // Removed again by somebody else: the next look says so.
+                    .unwrap_or(after),
+                _ => after,
+            };
             return Ok(Some(Done {
                 before,
                 after,
@@ -190,6 +214,13 @@ async fn attempt_once(
     let (true, Some(live)) = (!conflicts.is_empty(), live.as_ref()) else {
         return Err(refusal::judge(&cluster.namespace, object, &status));
     };
+    if let Some(held) = rules.held
+        && lease::fence_of(live) != held.fence
+    {
+        // An older holder has made it since we looked, and is outdone; a newer one outdoes us.
+        lease::fence(held, resource, object).await?;
+        return Ok(None);
+    }
     if let Some(conflict) = conflicts
         .iter()
         .find(|conflict| !rules.taking.may_take(conflict, autoscaled))
@@ -375,6 +406,76 @@ fn set(object: &mut Value, field: &str, value: &str) {
     if let Some(metadata) = object.get_mut("metadata").and_then(Value::as_object_mut) {
         metadata.insert(field.to_owned(), value.into());
     }
+}
+
+fn set_label(object: &mut Value, key: &str, value: &str) {
+    if let Some(metadata) = object.get_mut("metadata").and_then(Value::as_object_mut) {
+        let labels = metadata.entry("labels").or_insert_with(|| json!({}));
+        if labels.is_null() {
+            *labels = json!({});
+        }
+        if let Some(labels) = labels.as_object_mut() {
+            labels.insert(key.to_owned(), value.into());
+        }
+    }
+}
+
+/// What came of taking an object away.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Removal {
+    Removed,
+    /// It was not there any more.
+    Gone,
+    /// Somebody made it anew since: not ours.
+    Another,
+}
+
+/// Removes the very object that was recorded, with what its controller made of it.
+pub async fn remove(held: &Held, object: &AppliedObject) -> Result<Removal, Trouble> {
+    let cluster = &held.cluster;
+    let manifest = json!({
+        "apiVersion": object.api_version, "kind": object.kind, "metadata": {"name": object.name},
+    });
+    let what = format!("remove {}", object.display_name());
+    let Some(resource) = cluster.resource(&manifest).await? else {
+        return Ok(Removal::Gone);
+    };
+    for attempt in 0..TRIES_MAX {
+        let live = cluster.get(&resource, &object.name).await;
+        let Some(live) = live.map_err(|answer| answer.into_error(&what))? else {
+            return Ok(Removal::Gone);
+        };
+        if text(&live, "/metadata/uid") != object.uid {
+            return Ok(Removal::Another);
+        }
+        if lease::fence_of(&live) > held.fence {
+            let theirs = lease::fence_of(&live).to_string();
+            return Err(lease::lost(&manifest, &theirs, held.fence));
+        }
+        if !text(&live, "/metadata/deletionTimestamp").is_empty() {
+            return Ok(Removal::Removed);
+        }
+        let parameters = DeleteParams {
+            propagation_policy: Some(PropagationPolicy::Background),
+            preconditions: Some(Preconditions {
+                uid: Some(object.uid.clone()),
+                resource_version: Some(text(&live, "/metadata/resourceVersion").to_owned()),
+            }),
+            ..DeleteParams::default()
+        };
+        let request = cluster
+            .request(&resource)
+            .delete(&object.name, &parameters)
+            .with_context(|| format!("cannot {what}"))?;
+        match cluster.send(&what, &request).await {
+            Ok(_) => return Ok(Removal::Removed),
+            Err(Answer::Refused(status)) if status.code == 404 => return Ok(Removal::Gone),
+            Err(Answer::Refused(status)) if status.code == 409 => {}
+            Err(answer) => return Err(trouble(cluster, &manifest, answer)),
+        }
+        tokio::time::sleep(PAUSE * (attempt + 1)).await;
+    }
+    Err(anyhow!("cannot {what}: it is changed by somebody else again and again").into())
 }
 
 /// Changed, made or removed since it was read.

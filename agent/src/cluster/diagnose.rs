@@ -15,7 +15,7 @@ use crate::builds::Cause;
 /// What is wrong for good is believed when it has been seen for this long: the cluster's parts hear of each other late.
 const PERMANENT: Duration = Duration::from_secs(3);
 /// A ConfigMap, a Secret or a ServiceAccount of the same set reaches the kubelet a moment later than its pod.
-const CONFIGURATION: Duration = Duration::from_secs(5);
+const CONFIGURATION: Duration = Duration::from_secs(3);
 /// The container runtime was asked and failed; it is asked again within this.
 const RUNTIME: Duration = Duration::from_secs(10);
 /// Something on the way that may pass by itself: a registry that restarts, a webhook that is rolled.
@@ -25,7 +25,7 @@ const UNSCHEDULABLE_QUIET: Duration = Duration::from_secs(8);
 /// No node has room, but new ones may come.
 const UNSCHEDULABLE_AUTOSCALE: Duration = Duration::from_secs(120);
 /// The old pods' quota comes free only when they have gone.
-const QUOTA_QUIET: Duration = Duration::from_secs(5);
+const QUOTA_QUIET: Duration = Duration::from_secs(3);
 /// So often a container of one pod dies before the release is called dead.
 pub const DEATHS_MAX: i32 = 2;
 const WORDS_CHARS_MAX: usize = 300;
@@ -47,6 +47,8 @@ pub enum Patience {
     Seen(Duration),
     /// Seen for so long while nothing of the workload moved and none of its pods was on its way out.
     Quiet(Duration),
+    /// Seen for much longer than the last good releases took, and for what its own probes allow.
+    Unlike(Duration),
     /// It explains a time-out, and no more.
     UntilDeadline,
 }
@@ -78,6 +80,7 @@ pub fn signs(
         signs.extend(cannot_mount(pod, snapshot));
         signs.extend(unschedulable(pod, snapshot, nodes_autoscale));
     }
+    signs.extend(pods.iter().filter_map(|pod| node_lost(pod)));
     signs.extend(refused_pods(snapshot));
     signs.extend(paused(target, snapshot));
     signs.extend(on_delete(target, snapshot));
@@ -205,7 +208,12 @@ fn died(container: &Running<'_>, snapshot: &Snapshot, deaths: i32) -> Option<Sig
             code @ 129..=192 => format!("was ended by signal {} (exit code {code})", code - 128),
             code => format!("exited with code {code}"),
         };
-        Cause::new("crash_loop", format!("{who} {ended} {often}{last}")).hint(format!(
+        let id = if container.is_init {
+            "init_failed"
+        } else {
+            "crash_loop"
+        };
+        Cause::new(id, format!("{who} {ended} {often}{last}")).hint(format!(
             "see `kubectl logs {} -c {} --previous`",
             name(container.pod),
             container.status.name
@@ -260,7 +268,7 @@ fn waits(container: &Running<'_>) -> Option<Sign> {
         "CreateContainerConfigError" => (
             Patience::Seen(CONFIGURATION),
             Cause::new(
-                "config_missing",
+                missing_config(message),
                 format!("{who} cannot be configured: {}", shortened(message)),
             )
             .hint("add the missing ConfigMap, Secret or key to the namespace or to the manifests"),
@@ -272,6 +280,20 @@ fn waits(container: &Running<'_>) -> Option<Sign> {
         _ => return None,
     };
     Some(sign(&of(container), patience, cause))
+}
+
+/// What a container waits for: `secret "x" not found`, `couldn't find key k in ConfigMap ns/x`.
+fn missing_config(message: &str) -> &'static str {
+    let lower = message.to_lowercase();
+    if lower.contains("find key") || lower.contains("non-existent config key") {
+        "config_key_missing"
+    } else if lower.contains("secret") {
+        "secret_missing"
+    } else if lower.contains("configmap") {
+        "config_map_missing"
+    } else {
+        "config_invalid"
+    }
 }
 
 fn pull(container: &Running<'_>, message: &str) -> (Patience, Cause) {
@@ -357,6 +379,11 @@ fn cannot_mount(pod: &Pod, snapshot: &Snapshot) -> Option<Sign> {
     };
     let id = if event.reason.as_deref() == Some("FailedCreatePodSandBox") {
         "cannot_start"
+    } else if is_missing {
+        match missing_config(told) {
+            "config_invalid" => "mount_failed",
+            named => named,
+        }
     } else {
         "mount_failed"
     };
@@ -395,12 +422,61 @@ fn unschedulable(pod: &Pod, snapshot: &Snapshot, nodes_autoscale: bool) -> Optio
     let told = told
         .trim_end_matches("no new claims to deallocate,")
         .trim_end_matches(['.', ' ']);
+    let lower = told.to_lowercase();
+    let (id, hint) = if lower.contains("persistentvolumeclaim") {
+        (
+            "pvc_not_bound",
+            "see `kubectl get pvc,storageclass`: no volume fits the claim",
+        )
+    } else if lower.contains("taint")
+        || lower.contains("affinity")
+        || lower.contains("node selector")
+    {
+        (
+            "unschedulable",
+            "compare nodeSelector, affinity and tolerations with `kubectl get nodes --show-labels`",
+        )
+    } else if lower.contains("free ports") {
+        (
+            "unschedulable",
+            "the hostPort is taken on every node: use a Service in its place",
+        )
+    } else {
+        (
+            "unschedulable",
+            "ask for less in resources.requests, or give the cluster room",
+        )
+    };
     let cause = Cause::new(
-        "unschedulable",
+        id,
         format!("pod {} finds no node: {}", name(pod), shortened(told)),
     )
-    .hint("ask for less in resources.requests, or give the cluster room");
+    .hint(hint);
     Some(sign(uid(pod), patience, cause))
+}
+
+/// Its kubelet has not been heard of: the pod may come back with it, or elsewhere.
+fn node_lost(pod: &Pod) -> Option<Sign> {
+    let lost = pod.status.as_ref()?.reason.as_deref() == Some("NodeLost")
+        || pod_condition(pod, "DisruptionTarget").is_some_and(|(status, reason, _)| {
+            status == "True" && reason == "DeletionByTaintManager"
+        });
+    lost.then(|| {
+        let node = pod
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.node_name.as_deref())
+            .unwrap_or_default();
+        let cause = Cause::new(
+            "node_lost",
+            format!(
+                "the node {node} of pod {} is not heard of any more",
+                name(pod)
+            ),
+        )
+        .hint("see `kubectl get nodes`");
+        sign(uid(pod), Patience::UntilDeadline, cause)
+    })
 }
 
 /// The API server refuses the pods themselves: quota, limits, pod security, a webhook.
@@ -453,9 +529,27 @@ fn refused_pods(snapshot: &Snapshot) -> Option<Sign> {
         )
     } else if has(&["serviceaccount"]) {
         (
-            "pods_refused",
+            "service_account_missing",
             Patience::Seen(CONFIGURATION),
             "add the ServiceAccount to the manifests",
+        )
+    } else if has(&["violates PodSecurity"]) {
+        (
+            "pod_security",
+            Patience::Seen(PERMANENT),
+            "set what the message names in securityContext, or ask for another level of the namespace",
+        )
+    } else if has(&["denied the request", "admission webhook"]) {
+        (
+            "admission_denied",
+            Patience::Seen(PERMANENT),
+            "an admission webhook of this cluster refuses it: mend what it names, or ask the cluster's operator",
+        )
+    } else if has(&["usage per", "limit to request ratio"]) {
+        (
+            "limit_range",
+            Patience::Seen(PERMANENT),
+            "keep resources within the namespace's LimitRange: `kubectl describe limitrange`",
         )
     } else {
         (
@@ -532,16 +626,68 @@ fn never_ready(pod: &Pod, snapshot: &Snapshot) -> Option<Sign> {
     } else {
         "Readiness"
     };
+    let told = probe_failure(pod, snapshot, probe).map_or("", message);
+    let (id, hint) = never_ready_because(told);
     let cause = Cause::new(
-        "never_ready",
+        id,
         format!(
             "{} runs but does not become ready{}",
             container.display_name(),
             probe_words(pod, snapshot, probe)
         ),
     )
-    .hint("let the probe's path answer, or give it more time with `verify: timeout_seconds`");
-    Some(sign(&of(container), Patience::UntilDeadline, cause))
+    .hint(hint);
+    Some(sign(
+        &of(container),
+        Patience::Unlike(allowed(container)),
+        cause,
+    ))
+}
+
+/// The kubelet's own words of a probe: `dial tcp …: connect: connection refused`, `… statuscode: 404`,
+/// `… context deadline exceeded`.
+fn never_ready_because(told: &str) -> (&'static str, &'static str) {
+    if told.contains("connection refused") {
+        (
+            "probe_refused",
+            "nobody listens on the probe's port: does the program listen there, and on 0.0.0.0 rather than 127.0.0.1?",
+        )
+    } else if told.contains("statuscode:") {
+        (
+            "probe_wrong_status",
+            "let the probe's path answer with 200 to 399, or correct the path",
+        )
+    } else if told.contains("context deadline exceeded")
+        || told.contains("Client.Timeout")
+        || told.contains("i/o timeout")
+    {
+        (
+            "probe_time_out",
+            "the probe is not answered in time: raise its timeoutSeconds, or find what the program waits for",
+        )
+    } else {
+        (
+            "never_ready",
+            "let the probe succeed, or give it more time with `verify: timeout_seconds`",
+        )
+    }
+}
+
+/// What a container's own probes give it before they count.
+fn allowed(container: &Running<'_>) -> Duration {
+    let Some(spec) = container.spec else {
+        return Duration::ZERO;
+    };
+    let startup = spec.startup_probe.as_ref().map_or(0, |probe| {
+        let rounds = i64::from(probe.failure_threshold.unwrap_or(3));
+        i64::from(probe.initial_delay_seconds.unwrap_or(0))
+            + rounds * i64::from(probe.period_seconds.unwrap_or(10))
+    });
+    let readiness = spec.readiness_probe.as_ref();
+    let delay = readiness.map_or(0, |probe| {
+        i64::from(probe.initial_delay_seconds.unwrap_or(0))
+    });
+    Duration::from_secs(u64::try_from(startup.max(delay)).unwrap_or_default())
 }
 
 /// The manifest's own patience, `progressDeadlineSeconds`, has run out.

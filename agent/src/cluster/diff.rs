@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
+use super::ownership::FENCE;
 use crate::manifests::{kind, text};
 
 /// Lines shown for one object.
@@ -46,6 +47,13 @@ fn essence(object: &Value) -> Value {
     if let Some(metadata) = object.get_mut("metadata").and_then(Value::as_object_mut) {
         for field in SERVER_FIELDS {
             metadata.remove(field);
+        }
+        // Who may write it says nothing of what it is.
+        if let Some(labels) = metadata.get_mut("labels").and_then(Value::as_object_mut) {
+            labels.remove(FENCE);
+            if labels.is_empty() {
+                metadata.remove("labels");
+            }
         }
         // The controller counts revisions whenever it likes.
         if let Some(annotations) = metadata

@@ -6,6 +6,8 @@
 pub mod apply;
 pub mod diagnose;
 pub mod diff;
+pub mod evidence;
+pub mod lease;
 pub mod observe;
 pub mod ownership;
 pub mod policy;
@@ -14,6 +16,7 @@ pub mod refusal;
 pub mod rollout;
 pub mod snapshot;
 pub mod tables;
+pub mod wiring;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -89,18 +92,21 @@ impl Answer {
 impl Cluster {
     /// Reads the kubeconfig of agent.yaml (without one: the service account of the pod that we run in). Asks nothing yet.
     pub async fn connect(environment: &Environment) -> anyhow::Result<Self> {
+        let options = KubeConfigOptions {
+            context: environment.context.clone(),
+            ..KubeConfigOptions::default()
+        };
         let mut config = match &environment.kubeconfig {
             Some(path) => {
                 let kubeconfig = Kubeconfig::read_from(path)
                     .with_context(|| format!("cannot read the kubeconfig {}", path.display()))?;
-                let options = KubeConfigOptions {
-                    context: environment.context.clone(),
-                    ..KubeConfigOptions::default()
-                };
                 Config::from_custom_kubeconfig(kubeconfig, &options)
                     .await
                     .with_context(|| format!("cannot use the kubeconfig {}", path.display()))?
             }
+            None if environment.kubeconfig_of_person => Config::from_kubeconfig(&options)
+                .await
+                .context("cannot use your kubeconfig (--kubeconfig, KUBECONFIG, ~/.kube/config)")?,
             None => Config::incluster().with_context(|| {
                 format!(
                     "environment {} has no `kubeconfig`, and this agent runs in no cluster",
@@ -108,13 +114,17 @@ impl Cluster {
                 )
             })?,
         };
+        let namespace = match environment.namespace.as_str() {
+            "" => config.default_namespace.clone(),
+            named => named.to_owned(),
+        };
         config.connect_timeout = Some(CONNECT_LIMIT);
         // Asked again here, with a limit that the operator knows.
         config.default_retry = false;
-        config.default_namespace.clone_from(&environment.namespace);
+        config.default_namespace.clone_from(&namespace);
         Ok(Self {
             client: Client::try_from(config).context("cannot make a client of the cluster")?,
-            namespace: environment.namespace.clone(),
+            namespace,
             unreachable: Duration::from_secs(environment.limits.unreachable_seconds),
             resources: Arc::default(),
         })

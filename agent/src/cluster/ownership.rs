@@ -11,6 +11,10 @@ use crate::manifests::text;
 pub const MANAGER: &str = "landfall";
 /// Holds the replicas of a workload that an autoscaler has, while `landfall` lets go of them.
 pub const MANAGER_REPLICAS: &str = "landfall-replicas";
+/// Writes the fence, and nothing else.
+pub const MANAGER_FENCE: &str = "landfall-fence";
+/// A label, for an annotation would come back by `kubectl rollout undo`: the number of who may write the object.
+pub const FENCE: &str = "landfall.dev/fence";
 /// The manager of `kubectl apply` as people use it.
 const MANAGER_CLIENT_SIDE: &str = "kubectl-client-side-apply";
 /// Of `kubectl rollout undo`, which writes the whole template; `rollout restart` is `kubectl-rollout`.
@@ -59,7 +63,7 @@ impl Taking<'_> {
         let was_autoscaler = manager == "kube-controller-manager"
             && conflict.field == ".spec.replicas"
             && !autoscaled;
-        manager != "landfall-fence"
+        manager != MANAGER_FENCE
             && (self.all
                 || was_autoscaler
                 || manager.starts_with("kubectl")

@@ -17,7 +17,10 @@ use crate::builds::Cause;
 /// A container that died once and runs again must run for so long before the rollout counts as complete.
 const CALM_MIN: Duration = Duration::from_secs(20);
 /// Without a readiness probe a program is ready the moment it starts, also one that is about to die: it must live so long.
-const UNPROBED_MIN: Duration = Duration::from_secs(3);
+const UNPROBED_MIN: Duration = Duration::from_secs(5);
+/// Where good releases came up, one that runs and is not ready for so long, and for so many times as long as theirs, is dead.
+const UNREADY_MIN: Duration = Duration::from_secs(27);
+const UNREADY_TIMES: u32 = 3;
 /// A sign that was not seen for so long is a new one when it comes again (pulling is tried in turns).
 const SIGN_GONE: Duration = Duration::from_secs(15);
 /// Clocks of two API servers, and seconds cut off.
@@ -36,6 +39,8 @@ pub enum Verdict {
 /// What one watch of one workload remembers between its snapshots.
 #[derive(Debug, Default)]
 pub struct History {
+    /// How long the rollouts of the last good releases took.
+    usual: Option<Duration>,
     begun: bool,
     /// Deaths that were there already when the watch began, by pod and container.
     deaths_before: HashMap<(String, String), i32>,
@@ -115,11 +120,18 @@ pub fn at_deadline(
 fn is_death(sign: &Sign) -> bool {
     matches!(
         sign.cause.id.as_str(),
-        "crash_loop" | "oom_killed" | "cannot_start" | "wrong_architecture"
+        "crash_loop" | "init_failed" | "oom_killed" | "cannot_start" | "wrong_architecture"
     ) || (sign.cause.id == "liveness_failed" && sign.patience == Patience::None)
 }
 
 impl History {
+    pub fn new(usual: Option<Duration>) -> Self {
+        Self {
+            usual,
+            ..Self::default()
+        }
+    }
+
     /// Takes note of a snapshot and returns its signs.
     fn take_in(
         &mut self,
@@ -204,6 +216,10 @@ impl History {
                     .map_or(Duration::ZERO, |(_, at)| since(*at, snapshot.now));
                 seen >= patience && still >= patience && !snapshot.anything_terminating()
             }
+            Patience::Unlike(allowed) => self.usual.is_some_and(|usual| {
+                let patience = UNREADY_MIN.max(usual.saturating_mul(UNREADY_TIMES));
+                seen >= patience.saturating_add(allowed)
+            }),
             Patience::UntilDeadline => false,
         }
     }

@@ -116,17 +116,17 @@ fn what_is_dead_for_good_is_failed_within_six_seconds() {
 
 #[test]
 fn what_may_pass_is_waited_for() {
-    for name in [
-        "configkey",
-        "configmap",
-        "secretvol",
-        "quota",
-        "unschedulable",
-        "registry-down",
-        "readiness",
-        "liveness",
+    for (name, seconds) in [
+        ("configkey", 2),
+        ("configmap", 2),
+        ("secretvol", 2),
+        ("quota", 2),
+        ("unschedulable", 6),
+        ("registry-down", 6),
+        ("readiness", 6),
+        ("liveness", 6),
     ] {
-        let verdict = verdict(&format!("{name}.early"), 6);
+        let verdict = verdict(&format!("{name}.early"), seconds);
         assert!(
             matches!(verdict, Verdict::NotYet { .. }),
             "{name}: {verdict:?}"
@@ -140,19 +140,19 @@ fn what_does_not_pass_is_failed_in_its_time() {
         (
             "configkey",
             8,
-            "config_missing",
+            "config_key_missing",
             "couldn't find key missing in ConfigMap",
         ),
         (
             "configmap",
             8,
-            "config_missing",
+            "config_map_missing",
             "configmap \"nosuchmap\" not found",
         ),
         (
             "secretvol",
             8,
-            "mount_failed",
+            "secret_missing",
             "secret \"nosuchsecret\" not found",
         ),
         ("quota", 8, "quota_exceeded", "exceeded quota: q"),
@@ -173,13 +173,13 @@ fn what_does_not_pass_is_failed_in_its_time() {
 #[test]
 fn three_minutes_later_each_has_its_own_cause() {
     for (name, id) in [
-        ("configkey", "config_missing"),
-        ("configmap", "config_missing"),
-        ("secretvol", "mount_failed"),
+        ("configkey", "config_key_missing"),
+        ("configmap", "config_map_missing"),
+        ("secretvol", "secret_missing"),
         ("quota", "quota_exceeded"),
         ("unschedulable", "unschedulable"),
         ("registry-down", "registry_unreachable"),
-        ("readiness", "never_ready"),
+        ("readiness", "probe_refused"),
         ("liveness", "liveness_failed"),
         ("exit1", "crash_loop"),
         ("execformat", "crash_loop"),
@@ -206,7 +206,7 @@ fn without_events_the_verdict_is_the_same() {
         ("oom", "oom_killed"),
         ("quota", "quota_exceeded"),
         ("unschedulable", "unschedulable"),
-        ("configkey", "config_missing"),
+        ("configkey", "config_key_missing"),
         ("liveness", "crash_loop"),
     ] {
         let documents: Vec<Value> = documents(name)
@@ -430,7 +430,7 @@ fn without_a_readiness_probe_a_program_must_live_for_a_moment() {
         at(&documents, 3, &mut history),
         Verdict::NotYet { .. }
     ));
-    assert_eq!(at(&documents, 6, &mut history), Verdict::Complete);
+    assert_eq!(at(&documents, 8, &mut history), Verdict::Complete);
     for pod in [2, 3] {
         documents[pod]["spec"]["containers"][0]["readinessProbe"] =
             json!({"httpGet": {"port": 80}});
@@ -525,7 +525,7 @@ fn the_deadline_names_what_was_wrong_last() {
         &mut History::default(),
     )
     .unwrap();
-    assert_eq!(cause.id, "never_ready");
+    assert_eq!(cause.id, "probe_refused");
     assert!(
         cause.sentence.contains("connection refused") && cause.sentence.ends_with("(after 20 s)"),
         "{cause:?}"

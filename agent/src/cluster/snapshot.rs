@@ -41,6 +41,16 @@ impl Kind {
         }
     }
 
+    /// As manifests write it.
+    pub const fn as_manifest(self) -> &'static str {
+        match self {
+            Self::Deployment => "Deployment",
+            Self::StatefulSet => "StatefulSet",
+            Self::DaemonSet => "DaemonSet",
+            Self::Job => "Job",
+        }
+    }
+
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Deployment => "deployment",
@@ -112,6 +122,11 @@ impl Target {
         serving.collect()
     }
 
+    /// One of which only the name is known.
+    pub fn named(kind: Kind, name: &str) -> Self {
+        Self::wanted(kind, name, &serde_json::Value::Null)
+    }
+
     fn wanted(kind: Kind, name: &str, manifest: &serde_json::Value) -> Self {
         let annotation = manifest
             .pointer("/spec/template/metadata/annotations")
@@ -171,6 +186,17 @@ impl Workload {
             Self::DaemonSet(it) => &it.metadata,
             Self::Job(it) => &it.metadata,
         }
+    }
+
+    /// As the API server would show it, less what only programs read.
+    pub fn json(&self) -> serde_json::Value {
+        let value = match self {
+            Self::Deployment(it) => serde_json::to_value(it),
+            Self::StatefulSet(it) => serde_json::to_value(it),
+            Self::DaemonSet(it) => serde_json::to_value(it),
+            Self::Job(it) => serde_json::to_value(it),
+        };
+        value.unwrap_or_default()
     }
 
     pub fn uid(&self) -> &str {

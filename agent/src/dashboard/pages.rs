@@ -13,7 +13,8 @@ use super::views::{self, BuildView, CommitView, Step};
 use crate::api::{self, IdPath, filter};
 use crate::app::App;
 use crate::builds::{Millis, Status, now};
-use crate::store::Filter;
+use crate::release::{Evidence, Planned};
+use crate::store::{Filter, Pin};
 
 /// The query with which scripts ask for what stands above the log.
 const SUMMARY_ONLY: &str = "part=summary";
@@ -25,6 +26,7 @@ struct EnvironmentView {
     namespace: String,
     commit: Option<CommitView>,
     release: Option<i64>,
+    pin: Option<Pin>,
     build: Option<BuildView>,
 }
 
@@ -59,6 +61,10 @@ struct BuildPage {
     namespace: Option<String>,
     repository: String,
     steps: Vec<Step>,
+    has_evidence: bool,
+    plan: Vec<Planned>,
+    plan_words: String,
+    evidence: Vec<Evidence>,
     log: LogView,
 }
 
@@ -193,8 +199,20 @@ pub async fn build(
     } else {
         log::tail(&app.store, id).await?
     };
+    let evidence = app.store.evidence(id).await?;
+    let plan = match build.release_id {
+        Some(release) if !is_part && !build.kind.brings_back() => {
+            let release = app.store.release(release).await?;
+            release.map(|release| release.plan).unwrap_or_default()
+        }
+        _ => Vec::new(),
+    };
     let page = BuildPage {
         version: &assets::VERSION,
+        has_evidence: !evidence.is_empty(),
+        plan_words: views::plan_words(&plan),
+        plan,
+        evidence,
         steps: views::steps(&build, &stages, at),
         namespace: app
             .config
@@ -231,6 +249,7 @@ async fn environments(app: &App, at: Millis) -> anyhow::Result<Vec<EnvironmentVi
             namespace: environment.namespace.clone(),
             commit,
             release,
+            pin: app.store.pinned(&environment.name).await?,
             build: build.map(|build| BuildView::new(&app.config, &build, release, at)),
         });
     }

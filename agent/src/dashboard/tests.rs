@@ -1040,6 +1040,8 @@ async fn only_what_serves_now_is_called_live() {
             namespace: "hello-ns".to_owned(),
             objects: Vec::new(),
             pinned: std::collections::BTreeMap::new(),
+            plan: Vec::new(),
+            prune: Vec::new(),
             smoke_tests: Vec::new(),
             verify: Verify::default(),
             rollback: Rollback::Automatic,
@@ -1049,7 +1051,7 @@ async fn only_what_serves_now_is_called_live() {
         let id = site.app.store.plan_release(&build, &release).await.unwrap();
         site.app
             .store
-            .release_is_live(&build, &Release { id, ..release })
+            .release_is_live(&build, &Release { id, ..release }, &[])
             .await
             .unwrap();
         let store = &site.app.store;

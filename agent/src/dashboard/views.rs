@@ -7,6 +7,7 @@ use crate::builds::{
     is_commit_id, short,
 };
 use crate::config::Config;
+use crate::release::{Change, Planned};
 
 /// A moment, three ways.
 pub struct Moment {
@@ -95,6 +96,8 @@ pub struct BuildView {
     pub progress: Vec<&'static str>,
     pub image: Option<String>,
     pub release_id: Option<i64>,
+    /// What its rollback put back.
+    pub restored_release: Option<i64>,
     pub attempt: i64,
     pub superseded_by: Option<i64>,
     pub queued: Moment,
@@ -112,6 +115,8 @@ impl BuildView {
             BuildKind::Push => "Push",
             BuildKind::Manual => "Manual build",
             BuildKind::Rerun => "Rerun",
+            BuildKind::Undo => "Undo",
+            BuildKind::Redo => "Redo",
         };
         let title = match build.title.trim() {
             "" => format!("{kind} of {}", build.branch),
@@ -135,6 +140,7 @@ impl BuildView {
             progress: progress(build),
             image: build.image.clone(),
             release_id: build.release_id,
+            restored_release: build.restored_release,
             attempt: build.attempt,
             superseded_by: build.superseded_by,
             queued: Moment::new(build.queued_at, now),
@@ -191,6 +197,18 @@ pub fn steps(build: &Build, rows: &[StageRow], now: Millis) -> Vec<Step> {
             }
         })
         .collect()
+}
+
+/// `1 created, 2 changed, 4 unchanged`.
+pub fn plan_words(plan: &[Planned]) -> String {
+    let words: Vec<String> = Change::ALL
+        .iter()
+        .filter_map(|change| {
+            let count = plan.iter().filter(|one| one.change == *change).count();
+            (count > 0).then(|| format!("{count} {change}"))
+        })
+        .collect();
+    words.join(", ")
 }
 
 pub fn status_title(status: Status) -> &'static str {

@@ -5,10 +5,10 @@
 //! pinned, checks out no submodule.
 
 use std::fs::File;
-use std::io::{BufRead, Read, Write};
+use std::io::{BufRead, Read};
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use git2::{Oid, Repository};
 use rustix::process::{Resource, Rlimit, setrlimit};

@@ -12,8 +12,8 @@ use git2::{
 };
 use sha2::Digest;
 
-use super::report::{Failure, Report};
 use super::process::{Request, Trouble, repository_too_large};
+use super::report::{Failure, Report};
 use crate::builds::short;
 
 /// What happened while we spoke with the server; callbacks cannot return it.

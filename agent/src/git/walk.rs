@@ -7,8 +7,8 @@ use std::path::Path;
 
 use git2::{Oid, Repository};
 
-use super::report::{Failure, Report};
 use super::process::{Request, TreeFacts, Trouble};
+use super::report::{Failure, Report};
 use super::tree::{Writer, shown};
 
 /// Files and folders of one commit.

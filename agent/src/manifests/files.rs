@@ -10,16 +10,25 @@ use std::path::Path;
 use rustix::fd::OwnedFd;
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, openat, statat};
 
-use super::BYTES_MAX;
+use super::{BYTES_MAX, kustomize};
 
 const EXTENSIONS: [&str; 3] = ["yaml", "yml", "json"];
 
 /// Path and text of every file that the paths mean: files, or folders of which `*.yaml`, `*.yml` and `*.json` are
-/// taken (not recursive, sorted), as `kubectl apply -f` does. An error is one sentence that names the path.
+/// taken (not recursive, sorted), as `kubectl apply -f` does; a folder with a kustomization is rendered. An error is one
+/// sentence that names the path.
 pub fn read(tree: &Path, paths: &[String]) -> Result<Vec<(String, String)>, String> {
     let mut files: Vec<(String, String)> = Vec::new();
     let mut budget = BYTES_MAX;
     for path in paths {
+        if let Some(name) = kustomization(tree, path)? {
+            let text = kustomize::render(tree, path)?;
+            budget = budget
+                .checked_sub(text.len())
+                .ok_or_else(|| too_large(&name))?;
+            files.push((name, text));
+            continue;
+        }
         for (name, file) in open(tree, path)? {
             if files.iter().any(|(known, _)| *known == name) {
                 continue;
@@ -30,6 +39,39 @@ pub fn read(tree: &Path, paths: &[String]) -> Result<Vec<(String, String)>, Stri
         }
     }
     Ok(files)
+}
+
+/// One file of the tree; None where there is none, or a folder.
+pub(super) fn read_file(tree: &Path, path: &str) -> Result<Option<String>, String> {
+    let full = tree.join(path);
+    match full.symlink_metadata() {
+        Err(_) => return Ok(None),
+        Ok(metadata) if metadata.is_dir() => return Ok(None),
+        Ok(_) => {}
+    }
+    match open(tree, path)?.pop() {
+        Some((name, file)) => text(&name, file, BYTES_MAX).map(Some),
+        None => Ok(None),
+    }
+}
+
+/// The kustomization of a folder.
+fn kustomization(tree: &Path, path: &str) -> Result<Option<String>, String> {
+    let folder = path.trim_start_matches("./").trim_end_matches('/');
+    for name in kustomize::NAMES {
+        let inside = if matches!(folder, "" | ".") {
+            name.to_owned()
+        } else {
+            format!("{folder}/{name}")
+        };
+        if !folder.split('/').any(|part| part == "..")
+            && !path.starts_with('/')
+            && read_file(tree, &inside)?.is_some()
+        {
+            return Ok(Some(inside));
+        }
+    }
+    Ok(None)
 }
 
 fn open(tree: &Path, path: &str) -> Result<Vec<(String, OwnedFd)>, String> {
@@ -116,12 +158,16 @@ fn text(name: &str, file: OwnedFd, budget: usize) -> Result<String, String> {
         .read_to_end(&mut bytes)
         .map_err(|error| format!("cannot read {name}: {error}"))?;
     if bytes.len() > budget {
-        return Err(format!(
-            "{name}: the manifests are larger than {} MiB in all",
-            BYTES_MAX >> 20
-        ));
+        return Err(too_large(name));
     }
     String::from_utf8(bytes).map_err(|_| format!("{name} is not text in UTF-8"))
+}
+
+fn too_large(name: &str) -> String {
+    format!(
+        "{name}: the manifests are larger than {} MiB in all",
+        BYTES_MAX >> 20
+    )
 }
 
 #[cfg(test)]

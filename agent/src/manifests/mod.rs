@@ -4,6 +4,7 @@
 //! release is `render.rs`, what an environment allows is `cluster/policy.rs`. Pure: no IO.
 
 pub mod files;
+mod kustomize;
 pub mod render;
 pub mod yaml;
 pub mod yaml_scalar;

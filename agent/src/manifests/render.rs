@@ -36,7 +36,8 @@ const TITLE_CHARS_MAX: usize = 100;
 #[derive(Debug, Clone, Copy)]
 pub struct Target<'a> {
     pub namespace: &'a str,
-    /// Repositories in the manifests that mean the image that was built: NAME, IMAGE_PREFIX/NAME, `image.replaces`.
+    /// Repositories in the manifests that mean the image that was built: NAME, IMAGE_PREFIX/NAME, `image.replaces`. None where
+    /// nothing was built.
     pub repositories: &'a [String],
     /// `PREFIX/NAME@sha256:…`.
     pub image: &'a str,
@@ -64,7 +65,7 @@ pub fn render(target: &Target<'_>, manifests: &[Manifest]) -> Result<Rendered, C
         .iter_mut()
         .map(|object| replace_images(target, object))
         .sum();
-    if replaced == 0 {
+    if replaced == 0 && !target.repositories.is_empty() {
         return Err(no_image(target, &objects));
     }
     let configs = configs(&objects);
@@ -87,6 +88,14 @@ pub fn render(target: &Target<'_>, manifests: &[Manifest]) -> Result<Rendered, C
 
 /// References of images that are built elsewhere and named without a digest.
 pub fn foreign_images(repositories: &[String], manifests: &[Manifest]) -> BTreeSet<String> {
+    let is_ours = |image: &str| repositories.iter().any(|name| name == repository(image));
+    let mut images = all_images(manifests);
+    images.retain(|image| !is_ours(image) && !image.contains('@'));
+    images
+}
+
+/// The images of all containers, as the manifests write them.
+pub fn all_images(manifests: &[Manifest]) -> BTreeSet<String> {
     let pods = manifests
         .iter()
         .filter_map(|manifest| manifest.object.pointer(pod_pointer(manifest.kind())?));
@@ -96,12 +105,8 @@ pub fn foreign_images(repositories: &[String], manifests: &[Manifest]) -> BTreeS
             .filter_map(|list| pod.get(list)?.as_array())
     })
     .flatten()
-    .map(|container| text(container, "/image"))
-    .filter(|image| {
-        let is_ours = repositories.iter().any(|name| name == repository(image));
-        !is_ours && !image.is_empty() && !image.contains('@')
-    })
-    .map(str::to_owned)
+    .map(|container| text(container, "/image").to_owned())
+    .filter(|image| !image.is_empty())
     .collect()
 }
 
@@ -163,8 +168,36 @@ fn rank(kind: &str) -> usize {
 
 /// Puts the object into its namespace, without what only a server writes (as `kubectl get -o yaml` shows it).
 fn clean(target: &Target<'_>, manifest: &Manifest) -> Value {
-    let mut object = manifest.object.clone();
-    let in_namespace = !is_cluster_wide(manifest.kind());
+    let mut object = without_server_fields(manifest.object.clone());
+    if let Some(metadata) = object.get_mut("metadata").and_then(Value::as_object_mut) {
+        metadata.remove("namespace");
+        if !is_cluster_wide(manifest.kind()) {
+            metadata.insert("namespace".to_owned(), target.namespace.into());
+        }
+        remove_ours(metadata);
+    }
+    if let Some(metadata) =
+        template_mut(&mut object).and_then(|template| template.get_mut("metadata"))
+        && let Some(metadata) = metadata.as_object_mut()
+    {
+        remove_ours(metadata);
+    }
+    object
+}
+
+/// A live object, so that it can be put back as it was found.
+pub fn as_found(object: Value) -> Value {
+    let mut object = without_server_fields(object);
+    if let Some(labels) = object
+        .pointer_mut("/metadata/labels")
+        .and_then(Value::as_object_mut)
+    {
+        labels.remove("landfall.dev/fence");
+    }
+    object
+}
+
+fn without_server_fields(mut object: Value) -> Value {
     if let Some(members) = object.as_object_mut() {
         members.remove("status");
     }
@@ -179,17 +212,17 @@ fn clean(target: &Target<'_>, manifest: &Manifest) -> Value {
         ] {
             metadata.remove(field);
         }
-        metadata.remove("namespace");
-        if in_namespace {
-            metadata.insert("namespace".to_owned(), target.namespace.into());
+        if let Some(annotations) = metadata
+            .get_mut("annotations")
+            .and_then(Value::as_object_mut)
+        {
+            annotations.remove("kubectl.kubernetes.io/last-applied-configuration");
+            annotations.remove("deployment.kubernetes.io/revision");
         }
-        remove_ours(metadata);
     }
     if let Some(metadata) =
-        template_mut(&mut object).and_then(|template| template.get_mut("metadata"))
-        && let Some(metadata) = metadata.as_object_mut()
+        template_mut(&mut object).and_then(|template| template.get_mut("metadata")?.as_object_mut())
     {
-        remove_ours(metadata);
         metadata.remove("creationTimestamp");
     }
     object
@@ -201,13 +234,6 @@ fn remove_ours(metadata: &mut Map<String, Value>) {
         if let Some(texts) = metadata.get_mut(field).and_then(Value::as_object_mut) {
             texts.retain(|key, _| !key.starts_with("landfall.dev/"));
         }
-    }
-    if let Some(annotations) = metadata
-        .get_mut("annotations")
-        .and_then(Value::as_object_mut)
-    {
-        annotations.remove("kubectl.kubernetes.io/last-applied-configuration");
-        annotations.remove("deployment.kubernetes.io/revision");
     }
 }
 
@@ -252,7 +278,7 @@ fn replace_images(target: &Target<'_>, object: &mut Value) -> usize {
 }
 
 /// An image less its tag and digest: `localhost:5001/a/b:1@sha256:…` is `localhost:5001/a/b`.
-fn repository(image: &str) -> &str {
+pub fn repository(image: &str) -> &str {
     let image = image.split_once('@').map_or(image, |(name, _)| name);
     match image.rsplit_once(':') {
         // A colon before a slash stands before a port.

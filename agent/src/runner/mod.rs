@@ -1,8 +1,10 @@
-//! One build, top to bottom: checkout, image, test, plan, apply, verify, smoke test.
+//! One build, top to bottom: checkout, image, test, plan, apply, verify, smoke test; or, from the plan on, back.
 //!
-//! All control flow between stages is here. Before each stage the journal is asked whether it is done and what its
-//! baton names still exists, so a fresh build and a resumed one are the same function and no stage knows of crashes.
-//! Never calls GitHub, never answers a request.
+//! All control flow between stages is here and in `transaction.rs`. Before each stage the journal is asked whether it is
+//! done and what its baton names still exists, so a fresh build and a resumed one are the same function and no stage knows
+//! of crashes. Never calls GitHub, never answers a request.
+
+mod transaction;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,10 +23,9 @@ use crate::config::{Config, Environment};
 use crate::release::Release;
 use crate::stages::checkout::Checkout;
 use crate::stages::{
-    Applied, Built, CheckedOut, Live, RolledOut, Scope, StageError, StageResult, Tested, checkout,
-    deploy, image, smoke_test, test, verify,
+    Built, CheckedOut, Scope, StageError, StageResult, Tested, checkout, image, test,
 };
-use crate::store::{Store, make_private_dir};
+use crate::store::{Pin, Store, make_private_dir};
 
 /// A build that kills its agent again and again must not do so for ever.
 const ATTEMPTS_MAX: i64 = 5;
@@ -223,8 +224,6 @@ struct Line<'a> {
     build: &'a Build,
     log: &'a BuildLog,
     cancel: &'a CancellationToken,
-    /// Never fires: what has begun to change the cluster is let through.
-    unstoppable: CancellationToken,
     mirrors: PathBuf,
     work: PathBuf,
 }
@@ -243,7 +242,6 @@ impl<'a> Line<'a> {
             build,
             log,
             cancel,
-            unstoppable: CancellationToken::new(),
             mirrors: mirrors(agent),
             work: work_dir(agent, build),
         }
@@ -254,7 +252,7 @@ impl<'a> Line<'a> {
         match self.prepared().await {
             Ok(ended) => Some(ended),
             Err(StageError::Canceled) => self.canceled().await,
-            Err(error) => Some(self.failed(error).await),
+            Err(error) => self.failed(error).await,
         }
     }
 
@@ -281,15 +279,26 @@ impl<'a> Line<'a> {
                 self.build.id
             )));
         }
+        // A rollback that was begun is finished first, for the cause that it had.
+        if let Some(cause) = self.interrupted_rollback().await? {
+            return Err(StageError::Failed(cause));
+        }
         self.walk().await
     }
 
     /// The straight line.
     async fn walk(&self) -> StageResult<Ended> {
-        let applied = match self.planned().await? {
-            // From the plan on only the release counts: the set that is stored is applied again, and watched again.
-            Some(release) => self.apply_stored(&release).await?,
+        let (release, applied) = match self.planned().await? {
+            // From the plan on only the release counts: the set that is stored is applied again, and watched again. So a
+            // release that is brought back is a build that was planned before it began.
+            Some(release) => {
+                let applied = self.apply_stored(&release).await?;
+                (release, applied)
+            }
             None => {
+                if let Some(held_back) = self.held_back().await? {
+                    return Ok(held_back);
+                }
                 let checked_out = match self.checkout().await? {
                     Checkout::Ready(checked_out) => checked_out,
                     Checkout::Stale { head } => return Ok(Ended::stale(self.build, &head)),
@@ -299,13 +308,9 @@ impl<'a> Line<'a> {
                 self.deploy(&checked_out, &built).await?
             }
         };
-        let release = self.stored_release(applied.release_id).await?;
         let rolled_out = self.verify(&release, &applied).await?;
         self.smoke_test(&release, &rolled_out).await?;
-        self.agent
-            .store
-            .release_is_live(self.build, &release)
-            .await?;
+        self.settle_live(&release, &rolled_out).await?;
         let outcome = if applied.changed_nothing() {
             Outcome::Unchanged
         } else {
@@ -316,6 +321,20 @@ impl<'a> Line<'a> {
             outcome,
             cause: None,
         })
+    }
+
+    /// A push does not go where a person holds the environment, and a commit that failed there is not tried again by itself.
+    async fn held_back(&self) -> anyhow::Result<Option<Ended>> {
+        let store = &self.agent.store;
+        let environment = &self.build.environment;
+        if let Some(pin) = store.pinned(environment).await? {
+            return Ok(Some(Ended::pinned(environment, &pin)));
+        }
+        if self.build.kind != BuildKind::Push {
+            return Ok(None);
+        }
+        let failed = store.quarantined(environment, &self.build.commit).await?;
+        Ok(failed.map(|build| Ended::quarantined(self.build, build)))
     }
 
     async fn checkout(&self) -> StageResult<Checkout> {
@@ -332,12 +351,13 @@ impl<'a> Line<'a> {
         // A person who asks for a build gets it, older or not.
         let deployed = match self.build.kind {
             BuildKind::Push => self.agent.store.deployed(&self.build.environment).await?.0,
-            BuildKind::Manual | BuildKind::Rerun => None,
+            _ => None,
         };
         let scope = self.scope(&log);
         let done = self
             .journaled(
                 Stage::Checkout,
+                &scope,
                 checkout::run(&scope, &self.agent.exe, deployed.as_deref()),
             )
             .await?;
@@ -357,7 +377,7 @@ impl<'a> Line<'a> {
         let built = match known {
             Some(built) if image::still_there(&scope, &built).await => built,
             _ => {
-                self.journaled(Stage::Image, image::run(&scope, checked_out))
+                self.journaled(Stage::Image, &scope, image::run(&scope, checked_out))
                     .await?
             }
         };
@@ -376,80 +396,9 @@ impl<'a> Line<'a> {
             return Ok(tested);
         }
         let log = self.log.stage(Stage::Test);
-        self.journaled(
-            Stage::Test,
-            test::run(&self.scope(&log), checked_out, built),
-        )
-        .await
-    }
-
-    async fn deploy(&self, checked_out: &CheckedOut, built: &Built) -> StageResult<Applied> {
-        let log = self.log.stage(Stage::Deploy);
-        self.journaled(
-            Stage::Deploy,
-            self.plan_and_apply(&self.scope(&log), checked_out, built),
-        )
-        .await
-    }
-
-    async fn apply_stored(&self, release: &Release) -> StageResult<Applied> {
-        if let Some(applied) = self.baton(Stage::Deploy).await? {
-            return Ok(applied);
-        }
-        let log = self.log.stage(Stage::Deploy);
-        self.journaled(Stage::Deploy, self.apply(&self.scope(&log), release))
-            .await
-    }
-
-    /// Looked at anew after every restart: what was true then may not be true now.
-    async fn verify(&self, release: &Release, applied: &Applied) -> StageResult<RolledOut> {
-        let log = self.log.stage(Stage::Verify);
-        self.journaled(
-            Stage::Verify,
-            verify::run(&self.unstopped(&log), release, applied),
-        )
-        .await
-    }
-
-    async fn smoke_test(&self, release: &Release, rolled_out: &RolledOut) -> StageResult<Live> {
-        let log = self.log.stage(Stage::SmokeTest);
-        self.journaled(
-            Stage::SmokeTest,
-            smoke_test::run(&self.unstopped(&log), release, rolled_out),
-        )
-        .await
-    }
-
-    /// Plan, then the last moment to stop, then the release's row, then the first mutation.
-    async fn plan_and_apply(
-        &self,
-        scope: &Scope<'_>,
-        checked_out: &CheckedOut,
-        built: &Built,
-    ) -> StageResult<Applied> {
-        let serving = match self.agent.store.deployed(&self.build.environment).await?.1 {
-            Some(id) => Some(self.stored_release(id).await?),
-            None => None,
-        };
-        let release = deploy::plan(scope, checked_out, built, serving.as_ref()).await?;
-        if !self.agent.store.begin_deploying(self.build).await? {
-            return Err(StageError::Canceled);
-        }
-        let id = self.agent.store.plan_release(self.build, &release).await?;
-        self.apply(scope, &Release { id, ..release }).await
-    }
-
-    async fn apply(&self, scope: &Scope<'_>, release: &Release) -> StageResult<Applied> {
-        let scope = Scope {
-            cancel: &self.unstoppable,
-            ..*scope
-        };
-        let applied = deploy::apply(&scope, release).await?;
-        self.agent
-            .store
-            .record_applied(self.build, release.id, &applied.objects)
-            .await?;
-        Ok(applied)
+        let scope = self.scope(&log);
+        let work = test::run(&scope, checked_out, built);
+        self.journaled(Stage::Test, &scope, work).await
     }
 
     /// The release of this build, once it is planned.
@@ -481,7 +430,7 @@ impl<'a> Line<'a> {
         }
     }
 
-    /// For the stages after the first mutation: a person or a newer push waits for their end, only the agent's stop does not.
+    /// For what comes after the first mutation: a person or a newer push waits for its end, only the agent's stop does not.
     fn unstopped<'s>(&'s self, log: &'s StageLog) -> Scope<'s> {
         Scope {
             cancel: &self.agent.stopping,
@@ -489,17 +438,15 @@ impl<'a> Line<'a> {
         }
     }
 
-    fn may_still_stop(&self, stage: Stage) -> bool {
-        !matches!(stage, Stage::Verify | Stage::SmokeTest) || self.agent.stopping.is_cancelled()
-    }
-
-    /// Runs a stage between two lines of the journal: begun, and how it ended, with its baton.
+    /// Runs a stage between two lines of the journal: begun, and how it ended, with its baton. `scope` is the stage's own:
+    /// what ends it also keeps it from beginning.
     async fn journaled<T: Serialize>(
         &self,
         stage: Stage,
+        scope: &Scope<'_>,
         work: impl Future<Output = StageResult<T>>,
     ) -> StageResult<T> {
-        if self.may_still_stop(stage) && self.cancel.is_cancelled() {
+        if scope.cancel.is_cancelled() {
             return Err(StageError::Canceled);
         }
         self.agent.store.begin_stage(self.build, stage).await?;
@@ -536,120 +483,41 @@ impl<'a> Line<'a> {
 
     async fn canceled(&self) -> Option<Ended> {
         let build = self.agent.store.build(self.build.id).await.ok().flatten();
-        if !build
-            .as_ref()
-            .is_some_and(|build| build.cancel_requested || build.superseded_by.is_some())
+        if self.agent.stopping.is_cancelled()
+            && build
+                .as_ref()
+                .is_none_or(|build| build.release_id.is_some())
         {
-            // The agent stops: nothing has failed, and the next one goes on.
+            // It may have been applied: whoever asked for its end, the next agent goes on to a safe place.
             return None;
         }
-        let (outcome, hint) = self.outcome_of_failure(Outcome::LeftFailed).await;
-        match build {
+        let cause = match build {
             Some(Build {
                 superseded_by: Some(newer),
                 ..
-            }) => {
-                let cause = Cause::new(
-                    "superseded",
-                    format!("build #{newer} of a newer push took its place"),
-                );
-                Some(Ended {
-                    status: Status::Superseded,
-                    outcome,
-                    cause: Some(cause),
-                })
-            }
+            }) => Cause::new("superseded", format!("build #{newer} took its place")),
             Some(Build {
                 cancel_requested: true,
                 ..
-            }) => {
-                let cause = Cause {
-                    hint,
-                    ..Cause::new("canceled", "somebody canceled it")
-                };
-                Some(Ended {
-                    status: Status::Canceled,
-                    outcome,
-                    cause: Some(cause),
-                })
-            }
-            _ => None,
-        }
-    }
-
-    async fn failed(&self, error: StageError) -> Ended {
-        let (status, blind, mut cause) = match error {
-            StageError::Failed(cause)
-                if cause.id == "commit_gone" && self.build.kind == BuildKind::Push =>
-            {
-                (Status::Skipped, false, cause)
-            }
-            StageError::Failed(cause) | StageError::TimedOut(cause) => {
-                (Status::Failed, false, cause)
-            }
-            StageError::Canceled => (
-                Status::Canceled,
-                false,
-                Cause::new("canceled", "somebody canceled it"),
-            ),
-            StageError::Agent(error) => {
-                tracing::warn!(
-                    build = self.build.id,
-                    error = format!("{error:#}"),
-                    "build errored"
-                );
-                (
-                    Status::Errored,
-                    true,
-                    Cause::new("agent", format!("{error:#}")),
-                )
-            }
+            }) => Cause::new("canceled", "somebody canceled it"),
+            // The agent stops: nothing has failed, and the next one goes on.
+            _ if self.agent.stopping.is_cancelled() => return None,
+            _ => match self.held_back().await.ok().flatten() {
+                // Pinned while it was built.
+                Some(held_back) => return Some(held_back),
+                None => return None,
+            },
         };
-        let (outcome, hint) = self
-            .outcome_of_failure(if blind {
-                Outcome::Unknown
+        // Nothing was applied: from there on a build is let through.
+        Some(Ended {
+            status: if cause.id == "superseded" {
+                Status::Superseded
             } else {
-                Outcome::LeftFailed
-            })
-            .await;
-        if let Some(hint) = hint {
-            cause.hint = Some(match cause.hint.take() {
-                Some(own) => format!("{own}; {hint}"),
-                None => hint,
-            });
-        }
-        Ended {
-            status,
-            outcome,
+                Status::Canceled
+            },
+            outcome: Outcome::Unchanged,
             cause: Some(cause),
-        }
-    }
-
-    /// Unchanged before the first mutation; afterwards `touched`, and the command that brings the last release back.
-    async fn outcome_of_failure(&self, touched: Outcome) -> (Outcome, Option<String>) {
-        self.what_stands(touched).await.unwrap_or_else(|error| {
-            tracing::error!(
-                build = self.build.id,
-                error = format!("{error:#}"),
-                "cannot tell what a failed build left"
-            );
-            (Outcome::Unknown, None)
         })
-    }
-
-    async fn what_stands(&self, touched: Outcome) -> anyhow::Result<(Outcome, Option<String>)> {
-        let Some(release) = self.planned().await? else {
-            return Ok((Outcome::Unchanged, None));
-        };
-        self.agent
-            .store
-            .release_failed(self.build, release.id, "its build failed")
-            .await?;
-        let applied: Option<Applied> = self.baton(Stage::Deploy).await?;
-        if applied.as_ref().is_some_and(Applied::changed_nothing) {
-            return Ok((Outcome::Unchanged, None));
-        }
-        Ok((touched, deploy::undo_hint(&release, applied.as_ref())))
     }
 }
 
@@ -670,6 +538,32 @@ impl Ended {
         }
     }
 
+    fn skipped(cause: Cause) -> Self {
+        Self {
+            status: Status::Skipped,
+            outcome: Outcome::Unchanged,
+            cause: Some(cause),
+        }
+    }
+
+    fn pinned(environment: &str, pin: &Pin) -> Self {
+        let sentence = format!("{environment} is pinned by {}: {}", pin.by, pin.reason);
+        Self::skipped(Cause::new("pinned", sentence).hint(format!(
+            "`landfall unpin {environment}` lets it go, and builds the head of its branch"
+        )))
+    }
+
+    fn quarantined(build: &Build, failed: i64) -> Self {
+        let sentence = format!(
+            "commit {} failed here in build #{failed}",
+            short(&build.commit)
+        );
+        Self::skipped(
+            Cause::new("quarantined", sentence)
+                .hint(format!("`landfall rerun {failed}` deploys it all the same")),
+        )
+    }
+
     fn stale(build: &Build, head: &str) -> Self {
         let sentence = format!(
             "stale: commit {} is older than what is deployed, and the head of {} is {}",
@@ -677,10 +571,6 @@ impl Ended {
             build.branch,
             short(head)
         );
-        Self {
-            status: Status::Skipped,
-            outcome: Outcome::Unchanged,
-            cause: Some(Cause::new("stale", sentence)),
-        }
+        Self::skipped(Cause::new("stale", sentence))
     }
 }

@@ -1,26 +1,25 @@
-//! Deploy: plan and apply.
+//! Deploy: puts a planned release into the cluster, object by object, in its order.
 //!
-//! `plan` reads the manifests, renders them, asks policy and then the cluster by a dry run of everything; it changes
-//! nothing. `apply` puts the stored release there, object by object, in its order; the same release twice is unchanged.
+//! `hold` takes the right to write, `Applying` writes; whoever drives it records each object before the next. The same
+//! release twice is unchanged, and half a release is gone on with. Going back takes every field and runs no Job again.
 
-use std::collections::BTreeSet;
 use std::time::Duration;
 
-use anyhow::Context;
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
-use super::{Applied, Built, CheckedOut, Scope, StageError, StageResult, foreign_images, limited};
+use super::{Scope, StageError, StageResult, limited};
 use crate::builds::Cause;
 use crate::cluster::apply::{self, Done, Rules};
+use crate::cluster::lease::{self, Held};
+use crate::cluster::observe::{BLIND_RETRY, Observer, Sight};
 use crate::cluster::ownership::Taking;
-use crate::cluster::{Cluster, Resource, Trouble, diff, policy};
-use crate::manifests::render::{self, Target, is_workload, template_hash};
-use crate::manifests::{self, Manifest, api_version, display_name, files, kind, name, text};
-use crate::pipeline::Pipeline;
-use crate::release::{AppliedObject, Change, Release};
+use crate::cluster::rollout::{self, History, Verdict};
+use crate::cluster::snapshot::Target;
+use crate::cluster::{Cluster, Resource, Trouble, diff};
+use crate::manifests::{api_version, display_name, kind, name, text};
+use crate::release::{AppliedObject, Change, Planned, Release};
 
-/// Of a dry run of 500 objects on a slow server.
-const PLAN_LIMIT: Duration = Duration::from_secs(600);
 /// Of all objects, and of the Jobs between them, which have limits of their own.
 const APPLY_LIMIT: Duration = Duration::from_secs(3600);
 const ESTABLISHED_LIMIT: Duration = Duration::from_secs(30);
@@ -35,241 +34,231 @@ impl From<Trouble> for StageError {
     }
 }
 
-/// Everything that can be known before the first mutation, given what serves now. The release's `id` is 0: it is the
-/// runner's to store.
-pub async fn plan(
-    scope: &Scope<'_>,
-    checked_out: &CheckedOut,
-    built: &Built,
-    serving: Option<&Release>,
-) -> StageResult<Release> {
-    let manifests = read(scope, checked_out).await?;
-    let repositories = repositories(&checked_out.pipeline, built);
-    let foreign = render::foreign_images(&repositories, &manifests);
-    let kept = serving.map(|release| &release.pinned);
-    let pinned = foreign_images::pin(scope, foreign, kept).await?;
-    let target = Target {
-        namespace: &scope.environment.namespace,
-        repositories: &repositories,
-        image: &built.reference(),
-        pinned: &pinned,
-        build_id: scope.build.id,
-        commit: &checked_out.commit,
-        title: &checked_out.title,
-    };
-    let rendered = render::render(&target, &manifests).map_err(StageError::Failed)?;
-    let cluster = Cluster::connect(scope.environment).await?;
-    limited(
-        scope,
-        "the plan",
-        PLAN_LIMIT,
-        dry_run(scope, &cluster, &rendered.objects),
-    )
-    .await?;
-    let pipeline = &checked_out.pipeline;
-    Ok(Release {
-        id: 0,
-        environment: scope.environment.name.clone(),
-        build_id: scope.build.id,
-        commit: checked_out.commit.clone(),
-        image: built.reference(),
-        namespace: scope.environment.namespace.clone(),
-        objects: rendered.objects,
-        pinned,
-        smoke_tests: pipeline.smoke_test.clone(),
-        verify: pipeline.verify.clone(),
-        rollback: pipeline.rollback,
-        first_release: pipeline.first_release,
-        set_hash: rendered.set_hash,
-    })
+/// Which way a release is applied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// A new one: fields of other controllers are respected, Jobs are run and waited for.
+    Forward,
+    /// One that served before: it must not stop half-way, so every field is taken; its Jobs have run.
+    Back,
 }
 
-/// Puts the release into the cluster. Safe to do again, whole or after a crash in the middle.
-pub async fn apply(scope: &Scope<'_>, release: &Release) -> StageResult<Applied> {
+/// Takes the right to write in the environment: its namespace, which is made where it is missing and may be, and the next
+/// number of its lease.
+pub async fn hold(scope: &Scope<'_>, release: Option<&Release>) -> StageResult<Held> {
     let cluster = Cluster::connect(scope.environment).await?;
-    let objects = limited(
-        scope,
-        "applying the release",
-        APPLY_LIMIT,
-        apply_all(scope, &cluster, release),
-    )
-    .await?;
-    Ok(Applied {
-        release_id: release.id,
-        objects,
-    })
+    if !namespace_is_there(scope, &cluster).await? {
+        make_namespace(scope, &cluster, release).await?;
+    }
+    let holder = format!("build-{}", scope.build.id);
+    let environment = &scope.environment.name;
+    Ok(lease::claim(&cluster, environment, &holder, scope.build.fence).await?)
 }
 
-/// The commands of kubectl that bring the last release back, for a build that left a failed one. `applied` is None
-/// where the build failed in the middle of it.
-pub fn undo_hint(release: &Release, applied: Option<&Applied>) -> Option<String> {
-    let namespace = &release.namespace;
-    let command = |name: &str, change: Change| match change {
-        Change::Created => Some(format!("kubectl -n {namespace} delete {name}")),
-        Change::Changed => Some(format!("kubectl -n {namespace} rollout undo {name}")),
-        Change::Unchanged => None,
-    };
-    let commands: Vec<String> = match applied {
-        Some(applied) => applied
+/// A release on its way into the cluster.
+pub struct Applying<'a> {
+    scope: Scope<'a>,
+    held: &'a Held,
+    release: &'a Release,
+    way: Way,
+    rules: Rules<'a>,
+    next: usize,
+    deadline: Instant,
+}
+
+impl<'a> Applying<'a> {
+    /// Writes our number on every object of the release that is there: from then on an older holder writes none of them.
+    pub async fn begin(
+        scope: &Scope<'a>,
+        held: &'a Held,
+        release: &'a Release,
+        way: Way,
+    ) -> StageResult<Self> {
+        for object in release
             .objects
             .iter()
-            .filter(|object| is_workload(&object.kind))
-            .filter_map(|object| command(&object.display_name(), object.change))
-            .collect(),
-        None => release
-            .objects
-            .iter()
-            .filter(|object| is_workload(kind(object)))
-            .filter_map(|object| command(&display_name(object), Change::Changed))
-            .collect(),
-    };
+            .filter(|object| kind(object) != "Namespace")
+        {
+            // A kind that comes with this very release has no objects yet.
+            if let Some(resource) = held.cluster.resource(object).await? {
+                lease::fence(held, &resource, object).await?;
+            }
+        }
+        let mut rules = rules(scope, &held.cluster, &release.objects).await?;
+        rules.taking.all = way == Way::Back;
+        rules.held = Some(held);
+        Ok(Self {
+            scope: *scope,
+            held,
+            release,
+            way,
+            rules,
+            next: 0,
+            deadline: Instant::now() + APPLY_LIMIT,
+        })
+    }
+
+    /// Applies the next object; its place in the release, and what became of it. None after the last.
+    pub async fn next(&mut self) -> StageResult<Option<(usize, AppliedObject)>> {
+        while let Some(object) = self.release.objects.get(self.next) {
+            let ordinal = self.next;
+            self.next += 1;
+            let left = self.deadline.saturating_duration_since(Instant::now());
+            let one = limited(&self.scope, "applying the release", left, self.one(object));
+            if let Some(applied) = one.await? {
+                return Ok(Some((ordinal, applied)));
+            }
+        }
+        Ok(None)
+    }
+
+    async fn one(&self, object: &Value) -> StageResult<Option<AppliedObject>> {
+        match (kind(object), self.way) {
+            // Of a namespace that exists nothing is changed, and `hold` has made the one that did not.
+            ("Namespace", _) | ("Job", Way::Back) => Ok(None),
+            ("Job", Way::Forward) => self.job(object).await.map(Some),
+            _ => self.apply(object).await.map(Some),
+        }
+    }
+
+    async fn apply(&self, object: &Value) -> StageResult<AppliedObject> {
+        let log = self.scope.log;
+        let done = apply::apply(&self.held.cluster, &self.rules, object, false).await?;
+        let mut applied = applied_object(&done);
+        if applied.change == Change::Unchanged && self.scope.build.attempt > 1 {
+            // An attempt of this very build wrote it, and was killed before it could say so.
+            applied.change = self.planned(object);
+        }
+        let shown = applied.display_name();
+        for note in &done.notes {
+            log.line(format!("{shown}: {note}"));
+        }
+        log.line(format!("{shown} {}", applied.change));
+        if applied.kind == "CustomResourceDefinition" && applied.change != Change::Unchanged {
+            wait_established(&self.held.cluster, object).await?;
+        }
+        Ok(applied)
+    }
+
+    fn planned(&self, object: &Value) -> Change {
+        let shown = display_name(object);
+        let planned = |planned: &&Planned| self.way == Way::Forward && planned.object == shown;
+        let planned = self.release.plan.iter().find(planned);
+        planned.map_or(Change::Unchanged, |planned| planned.change)
+    }
+
+    /// A Job runs once for one content, by its name: where it is there already, only its end is awaited.
+    async fn job(&self, object: &Value) -> StageResult<AppliedObject> {
+        let resource = Resource::built_in("batch/v1", "Job", "jobs", true);
+        let live = self.held.cluster.get(&resource, name(object)).await;
+        let live =
+            live.map_err(|answer| answer.into_error(&format!("read {}", display_name(object))))?;
+        let applied = match live {
+            Some(live) => applied_object(&Done {
+                before: Some(live.clone()),
+                after: live,
+                notes: Vec::new(),
+            }),
+            None => self.apply(object).await?,
+        };
+        let own = object
+            .pointer("/spec/activeDeadlineSeconds")
+            .and_then(Value::as_u64);
+        let usual = self.release.verify.timeout_seconds;
+        let limit = Duration::from_secs(own.map_or(usual, |seconds| seconds.saturating_add(30)));
+        let shown = display_name(object);
+        limited(&self.scope, &shown, limit, self.wait_for_job(&applied)).await?;
+        Ok(applied)
+    }
+
+    async fn wait_for_job(&self, applied: &AppliedObject) -> StageResult<()> {
+        let (log, cluster) = (self.scope.log, &self.held.cluster);
+        let mut targets = Target::applied(self.release, std::slice::from_ref(applied));
+        let Some(target) = targets.pop() else {
+            return Ok(());
+        };
+        let shown = target.display_name();
+        let mut observer = Observer::new(cluster);
+        let mut history = History::default();
+        let mut sight = Sight::new(cluster.unreachable);
+        let mut told = String::new();
+        loop {
+            match observer.snapshot(&target).await {
+                Err(unseen) => {
+                    sight.unseen(unseen)?;
+                    tokio::time::sleep(BLIND_RETRY).await;
+                    continue;
+                }
+                Ok(None) => {
+                    let sentence = format!("{shown} was deleted before it was complete");
+                    return Err(StageError::Failed(
+                        Cause::new("job_failed", sentence).object(shown),
+                    ));
+                }
+                Ok(Some(snapshot)) => match rollout::judge(&target, &snapshot, false, &mut history)
+                {
+                    Verdict::Complete => {
+                        log.line(format!("{shown} is complete"));
+                        return Ok(());
+                    }
+                    Verdict::Failed(cause) => {
+                        let again = format!(
+                            "to run the same Job again: kubectl -n {} delete {shown}",
+                            cluster.namespace
+                        );
+                        let hint = cause
+                            .hint
+                            .as_ref()
+                            .map_or(again.clone(), |hint| format!("{hint}; {again}"));
+                        return Err(StageError::Failed(cause.hint(hint)));
+                    }
+                    Verdict::NotYet { progress } if progress != told => {
+                        log.line(&progress);
+                        told = progress;
+                    }
+                    Verdict::NotYet { .. } => {}
+                },
+            }
+            for (who, words) in observer.take_new_words() {
+                log.line(format!("Last words of {who}:"));
+                words
+                    .lines()
+                    .for_each(|line| log.line(format!("  | {line}")));
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+}
+
+/// The commands of kubectl that bring back what was before, for a build that left a failed release.
+pub fn undo_hint(namespace: &str, applied: &[AppliedObject]) -> Option<String> {
+    let commands: Vec<String> = applied
+        .iter()
+        .filter(|object| crate::manifests::render::is_workload(&object.kind))
+        .filter_map(|object| match object.change {
+            Change::Created => Some(format!(
+                "kubectl -n {namespace} delete {}",
+                object.display_name()
+            )),
+            Change::Changed => Some(format!(
+                "kubectl -n {namespace} rollout undo {}",
+                object.display_name()
+            )),
+            Change::Unchanged | Change::Removed => None,
+        })
+        .collect();
     (!commands.is_empty()).then(|| commands.join(" && "))
 }
 
-/// The manifests of the commit, each of them allowed.
-async fn read(scope: &Scope<'_>, checked_out: &CheckedOut) -> StageResult<Vec<Manifest>> {
-    let (tree, paths) = (
-        checked_out.tree.clone(),
-        checked_out.pipeline.deploy.manifests.clone(),
-    );
-    let texts = tokio::task::spawn_blocking(move || files::read(&tree, &paths))
-        .await
-        .context("cannot read the manifests")?
-        .map_err(|problem| StageError::failed("manifest_invalid", problem))?;
-    let manifests = manifests::read(&texts).map_err(|diagnostic| {
-        let shown = diagnostic.to_string();
-        scope.log.line(&shown);
-        let sentence = shown.lines().next().unwrap_or_default().to_owned();
-        StageError::Failed(Cause::new("manifest_invalid", sentence).object(diagnostic.path))
-    })?;
-    policy::check(scope.environment, &manifests).map_err(StageError::Failed)?;
-    scope.log.line(format!(
-        "{} objects from {} files",
-        manifests.len(),
-        texts.len()
-    ));
-    Ok(manifests)
-}
-
-fn repositories(pipeline: &Pipeline, built: &Built) -> Vec<String> {
-    let own = [pipeline.image.name.clone(), built.repository.clone()];
-    own.into_iter()
-        .chain(pipeline.image.replaces.iter().cloned())
-        .collect()
-}
-
-/// The whole set against the cluster, changing nothing; every refusal is logged, the first one is the cause.
-async fn dry_run(scope: &Scope<'_>, cluster: &Cluster, objects: &[Value]) -> StageResult<()> {
-    if !namespace_is_there(scope, cluster).await? {
-        let namespace = &cluster.namespace;
-        scope.log.line(format!(
-            "namespace/{namespace} will be created; what goes into it cannot be checked before"
-        ));
-        return Ok(());
-    }
-    let rules = rules(scope, cluster, objects).await?;
-    let mut unsettled = BTreeSet::new();
-    let mut refused: Vec<Cause> = Vec::new();
-    for object in objects {
-        match plan_one(scope, cluster, &rules, object, &mut unsettled).await {
-            Ok(()) => {}
-            Err(Trouble::Refused(cause)) => {
-                scope.log.line(format!("refused: {}", cause.sentence));
-                refused.push(cause);
-            }
-            Err(Trouble::Agent(error)) => return Err(StageError::Agent(error)),
-        }
-    }
-    let more = refused.len().saturating_sub(1);
-    match refused.into_iter().next() {
-        None => Ok(()),
-        Some(mut first) => {
-            if more > 0 {
-                first.sentence = format!("{} (and {more} more, in the log)", first.sentence);
-            }
-            Err(StageError::Failed(first))
-        }
-    }
-}
-
-async fn plan_one(
-    scope: &Scope<'_>,
-    cluster: &Cluster,
-    rules: &Rules<'_>,
-    object: &Value,
-    unsettled: &mut BTreeSet<(String, String)>,
-) -> Result<(), Trouble> {
-    let shown = display_name(object);
-    let group = api_version(object)
-        .split_once('/')
-        .map_or("", |(group, _)| group);
-    if unsettled.contains(&(group.to_owned(), kind(object).to_owned())) {
-        scope.log.line(format!(
-            "{shown}: not checked, its CustomResourceDefinition is part of this release"
-        ));
-        return Ok(());
-    }
-    if kind(object) == "Namespace" {
-        return compare_namespace(scope, cluster, object).await;
-    }
-    let done = apply::apply(cluster, rules, object, true).await?;
-    if let ("ServiceAccount", Some(live)) = (kind(object), &done.before) {
-        policy::check_live_account(scope.environment, name(object), live)
-            .map_err(Trouble::Refused)?;
-    }
-    let change = change(&done);
-    log_plan(scope, object, &done, change);
-    if kind(object) == "CustomResourceDefinition" && change != Change::Unchanged {
-        let kind = (
-            text(object, "/spec/group").to_owned(),
-            text(object, "/spec/names/kind").to_owned(),
-        );
-        unsettled.insert(kind);
-    }
-    let rolls = done
-        .before
-        .as_ref()
-        .is_none_or(|live| template_hash(live) != template_hash(object));
-    if rolls
-        && let Some(unchecked) = apply::dry_run_pod(cluster, object, done.before.as_ref()).await?
-    {
-        scope.log.line(format!("{shown}: {unchecked}"));
-    }
-    Ok(())
-}
-
-fn log_plan(scope: &Scope<'_>, object: &Value, done: &Done, change: Change) {
-    let shown = display_name(object);
-    match change {
-        Change::Created => scope.log.line(format!("{shown} will be created")),
-        Change::Unchanged => scope.log.line(format!("{shown} is unchanged")),
-        Change::Changed => {
-            scope.log.line(format!("{shown} will be changed"));
-            for line in done
-                .before
-                .iter()
-                .flat_map(|before| diff::lines(before, &done.after))
-            {
-                scope.log.line(format!("  {line}"));
-            }
-        }
-    }
-    for note in &done.notes {
-        scope.log.line(format!("  {note}"));
-    }
-}
-
 /// Of a namespace that exists, differences are only said: its labels are the operator's.
-async fn compare_namespace(
-    scope: &Scope<'_>,
+pub(super) async fn namespace_differences(
     cluster: &Cluster,
     object: &Value,
-) -> Result<(), Trouble> {
-    let shown = display_name(object);
+) -> Result<Vec<String>, Trouble> {
     let Some(live) = apply::namespace(cluster).await? else {
-        return Ok(());
+        return Ok(Vec::new());
     };
-    let mut differs = false;
+    let mut differences = Vec::new();
     for field in ["labels", "annotations"] {
         let wanted = object
             .pointer(&format!("/metadata/{field}"))
@@ -279,20 +268,16 @@ async fn compare_namespace(
                 .get("metadata")
                 .and_then(|metadata| metadata.get(field)?.get(key));
             if is != Some(value) {
-                differs = true;
                 let is = is.map_or("missing".to_owned(), Value::to_string);
-                scope.log.line(format!("{shown}: {field}.{key} is {is}, the manifest says {value}; a namespace that exists is not changed"));
+                differences.push(format!("{field}.{key} is {is}, the manifest says {value}; a namespace that exists is not changed"));
             }
         }
     }
-    if !differs {
-        scope.log.line(format!("{shown} is unchanged"));
-    }
-    Ok(())
+    Ok(differences)
 }
 
 /// False where it is missing and may be made.
-async fn namespace_is_there(scope: &Scope<'_>, cluster: &Cluster) -> StageResult<bool> {
+pub(super) async fn namespace_is_there(scope: &Scope<'_>, cluster: &Cluster) -> StageResult<bool> {
     let namespace = &cluster.namespace;
     match apply::namespace(cluster).await? {
         Some(live) if text(&live, "/status/phase") == "Terminating" => Err(StageError::Failed(
@@ -316,7 +301,7 @@ async fn namespace_is_there(scope: &Scope<'_>, cluster: &Cluster) -> StageResult
     }
 }
 
-async fn rules<'a>(
+pub(super) async fn rules<'a>(
     scope: &Scope<'a>,
     cluster: &Cluster,
     objects: &[Value],
@@ -327,165 +312,24 @@ async fn rules<'a>(
             all: false,
         },
         autoscaled: apply::autoscaled(cluster, objects).await?,
+        held: None,
     })
 }
 
-async fn apply_all(
+async fn make_namespace(
     scope: &Scope<'_>,
     cluster: &Cluster,
-    release: &Release,
-) -> StageResult<Vec<AppliedObject>> {
-    let mut applied = Vec::new();
-    if !namespace_is_there(scope, cluster).await? {
-        applied.push(create_namespace(scope, cluster, release).await?);
-    }
-    let rules = rules(scope, cluster, &release.objects).await?;
-    // Not yet: the fence (`scope.build.fence`) is to be claimed here, before the first object, and carried by every
-    // apply below.
-    for object in &release.objects {
-        let object = match kind(object) {
-            "Namespace" if !applied.is_empty() => continue,
-            "Namespace" => kept_namespace(scope, cluster, object).await?,
-            "Job" => run_job(scope, cluster, &rules, release, object).await?,
-            _ => apply_one(scope, cluster, &rules, object).await?,
-        };
-        applied.push(object);
-    }
-    Ok(applied)
-}
-
-async fn apply_one(
-    scope: &Scope<'_>,
-    cluster: &Cluster,
-    rules: &Rules<'_>,
-    object: &Value,
-) -> StageResult<AppliedObject> {
-    let done = apply::apply(cluster, rules, object, false).await?;
-    let mut applied = applied_object(&done);
-    if applied.change == Change::Unchanged && was_written_by(scope, &done) {
-        // An attempt of this very build changed it, and was killed before it could say so.
-        applied.change = Change::Changed;
-    }
-    for note in &done.notes {
-        scope
-            .log
-            .line(format!("{}: {note}", applied.display_name()));
-    }
-    scope.log.line(format!(
-        "{} {}",
-        applied.display_name(),
-        word(applied.change)
-    ));
-    if applied.kind == "CustomResourceDefinition" && applied.change != Change::Unchanged {
-        wait_established(cluster, object).await?;
-    }
-    Ok(applied)
-}
-
-async fn create_namespace(
-    scope: &Scope<'_>,
-    cluster: &Cluster,
-    release: &Release,
-) -> StageResult<AppliedObject> {
-    let own = release
-        .objects
-        .iter()
-        .find(|object| kind(object) == "Namespace");
+    release: Option<&Release>,
+) -> StageResult<()> {
+    let mut objects = release.into_iter().flat_map(|release| &release.objects);
+    let own = objects.find(|object| kind(object) == "Namespace");
     let bare =
         json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": cluster.namespace}});
-    apply_one(scope, cluster, &Rules::default(), own.unwrap_or(&bare)).await
-}
-
-async fn kept_namespace(
-    scope: &Scope<'_>,
-    cluster: &Cluster,
-    object: &Value,
-) -> StageResult<AppliedObject> {
-    compare_namespace(scope, cluster, object).await?;
-    let live = apply::namespace(cluster).await?;
-    let live =
-        live.with_context(|| format!("the namespace {} has just gone", cluster.namespace))?;
-    Ok(applied_object(&Done {
-        before: Some(live.clone()),
-        after: live,
-        notes: Vec::new(),
-    }))
-}
-
-/// A Job runs once for one content, by its name: where it is there already, only its end is awaited.
-async fn run_job(
-    scope: &Scope<'_>,
-    cluster: &Cluster,
-    rules: &Rules<'_>,
-    release: &Release,
-    object: &Value,
-) -> StageResult<AppliedObject> {
-    let resource = Resource::built_in("batch/v1", "Job", "jobs", true);
-    let live = cluster.get(&resource, name(object)).await;
-    let live =
-        live.map_err(|answer| answer.into_error(&format!("read {}", display_name(object))))?;
-    let applied = match live {
-        Some(live) => applied_object(&Done {
-            before: Some(live.clone()),
-            after: live,
-            notes: Vec::new(),
-        }),
-        None => apply_one(scope, cluster, rules, object).await?,
-    };
-    let own = object
-        .pointer("/spec/activeDeadlineSeconds")
-        .and_then(Value::as_u64);
-    let limit = Duration::from_secs(own.map_or(release.verify.timeout_seconds, |seconds| {
-        seconds.saturating_add(30)
-    }));
-    let shown = display_name(object);
-    limited(
-        scope,
-        &shown,
-        limit,
-        wait_for_job(scope, cluster, &resource, object),
-    )
-    .await?;
-    Ok(applied)
-}
-
-async fn wait_for_job(
-    scope: &Scope<'_>,
-    cluster: &Cluster,
-    resource: &Resource,
-    object: &Value,
-) -> StageResult<()> {
-    let shown = display_name(object);
-    let logs = format!("kubectl -n {} logs {shown}", cluster.namespace);
-    loop {
-        let live = cluster.get(resource, name(object)).await;
-        let live = live.map_err(|answer| answer.into_error(&format!("read {shown}")))?;
-        let Some(live) = live else {
-            let sentence = format!("{shown} was deleted before it was complete");
-            return Err(StageError::Failed(
-                Cause::new("job_failed", sentence).object(shown),
-            ));
-        };
-        if condition(&live, "Complete").is_some() {
-            scope.log.line(format!("{shown} is complete"));
-            return Ok(());
-        }
-        if let Some(failed) = condition(&live, "Failed") {
-            let sentence = format!(
-                "{shown} failed ({}): {}",
-                text(failed, "/reason"),
-                text(failed, "/message")
-            );
-            let hint = format!(
-                "see {logs}; to run the same Job again: kubectl -n {} delete {shown}",
-                cluster.namespace
-            );
-            return Err(StageError::Failed(
-                Cause::new("job_failed", sentence).object(shown).hint(hint),
-            ));
-        }
-        tokio::time::sleep(POLL).await;
-    }
+    apply::apply(cluster, &Rules::default(), own.unwrap_or(&bare), false).await?;
+    scope
+        .log
+        .line(format!("namespace/{} created", cluster.namespace));
+    Ok(())
 }
 
 /// The condition, where it is true.
@@ -529,16 +373,7 @@ async fn wait_established(cluster: &Cluster, object: &Value) -> StageResult<()> 
     }
 }
 
-/// The annotation is written only together with a changed template.
-fn was_written_by(scope: &Scope<'_>, done: &Done) -> bool {
-    let build = done
-        .after
-        .pointer("/metadata/annotations/landfall.dev~1build")
-        .and_then(Value::as_str);
-    build.is_some_and(|build| build == scope.build.id.to_string())
-}
-
-fn change(done: &Done) -> Change {
+pub(super) fn change(done: &Done) -> Change {
     match &done.before {
         None => Change::Created,
         Some(before) if diff::is_same(before, &done.after) => Change::Unchanged,
@@ -559,13 +394,5 @@ fn applied_object(done: &Done) -> AppliedObject {
             .and_then(Value::as_i64)
             .unwrap_or(0),
         change: change(done),
-    }
-}
-
-fn word(change: Change) -> &'static str {
-    match change {
-        Change::Created => "created",
-        Change::Changed => "changed",
-        Change::Unchanged => "unchanged",
     }
 }

@@ -12,6 +12,8 @@ pub mod failed_tests;
 pub mod foreign_images;
 pub mod image;
 pub mod patience;
+pub mod plan;
+pub mod removal;
 pub mod smoke_test;
 pub mod soak;
 pub mod steps;
@@ -70,6 +72,23 @@ impl From<anyhow::Error> for StageError {
 impl StageError {
     pub fn failed(id: &str, sentence: impl Into<String>) -> Self {
         Self::Failed(Cause::new(id, sentence))
+    }
+
+    /// Why, in one sentence.
+    pub fn sentence(&self) -> String {
+        match self {
+            Self::Failed(cause) | Self::TimedOut(cause) => cause.sentence.clone(),
+            Self::Canceled => "it was canceled".to_owned(),
+            Self::Agent(error) => format!("{error:#}"),
+        }
+    }
+
+    /// Where it makes no difference whose fault it is.
+    pub fn into_error(self) -> anyhow::Error {
+        match self {
+            Self::Agent(error) => error,
+            other => anyhow::anyhow!("{}", other.sentence()),
+        }
     }
 
     /// A cause leaves the log and may hold what a program said last: secrets are masked in it as they are there.

@@ -31,11 +31,20 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 const SERVICE_ANSWERS: u32 = 3;
 const REDIRECT_HINT: &str = "redirects are not followed: ask the address that it leads to";
 
+/// Whether it must stay well for a while afterwards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Soak {
+    AsPlanned,
+    /// What served before has proved itself.
+    Not,
+}
+
 /// Runs the release's smoke tests in their order, then the soak.
 pub async fn run(
     scope: &Scope<'_>,
     release: &Release,
     rolled_out: &RolledOut,
+    soak: Soak,
 ) -> StageResult<Live> {
     let cluster = Cluster::connect(scope.environment).await?;
     let targets = Target::serving(release);
@@ -56,7 +65,7 @@ pub async fn run(
     };
     let requests = tester.requests;
     let lived = match tested {
-        Ok(()) => {
+        Ok(()) if soak == Soak::AsPlanned => {
             soak::run(
                 scope,
                 &cluster,
@@ -65,7 +74,7 @@ pub async fn run(
             )
             .await
         }
-        Err(error) => Err(error),
+        other => other,
     };
     lived.map_err(|error| error.masked(scope.log))?;
     Ok(Live {
@@ -531,7 +540,7 @@ mod tests {
             release: &'a Release,
             rolled_out: &'a RolledOut,
         ) -> impl Send + 'a {
-            run(scope, release, rolled_out)
+            run(scope, release, rolled_out, Soak::Not)
         }
         let _ = run_as_task;
     }

@@ -22,11 +22,23 @@ const LOOK_EVERY: Duration = Duration::from_millis(750);
 /// What a failure shows of the events.
 const EVENTS_SHOWN: usize = 8;
 
-/// Waits until every workload of the release is rolled out, within pipeline.yaml's `verify: timeout_seconds`.
+/// What the log shows at the end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Show {
+    /// Pods, services, deployments, status and history.
+    All,
+    /// Only why it failed.
+    Cause,
+}
+
+/// Waits until every workload of the release is rolled out, within pipeline.yaml's `verify: timeout_seconds`. `usual` is how
+/// long the rollouts of this environment's last good releases took.
 pub async fn run(
     scope: &Scope<'_>,
     release: &Release,
     applied: &Applied,
+    usual: Option<Duration>,
+    shown: Show,
 ) -> StageResult<RolledOut> {
     let cluster = Cluster::connect(scope.environment).await?;
     let targets = Target::applied(release, &applied.objects);
@@ -39,7 +51,7 @@ pub async fn run(
     let mut rollout = Rollout {
         targets: &targets,
         observer: Observer::new(&cluster),
-        histories: targets.iter().map(|_| History::default()).collect(),
+        histories: targets.iter().map(|_| History::new(usual)).collect(),
         told: vec![String::new(); targets.len()],
         snapshots: Vec::new(),
         last_words: String::new(),
@@ -57,13 +69,17 @@ pub async fn run(
                     .line(format!("{} successfully rolled out", target.display_name()));
             }
             rollout.remark(scope);
-            show(scope, &cluster).await;
+            if shown == Show::All {
+                show(scope, &cluster).await;
+            }
         }
         Err(StageError::Failed(cause) | StageError::TimedOut(cause)) => {
             scope
                 .log
                 .line(format!("The rollout failed: {}", cause.sentence));
-            show(scope, &cluster).await;
+            if shown == Show::All {
+                show(scope, &cluster).await;
+            }
             rollout.show_events(scope);
         }
         Err(_) => {}
@@ -282,7 +298,7 @@ mod tests {
             release: &'a Release,
             applied: &'a Applied,
         ) -> impl Send + 'a {
-            run(scope, release, applied)
+            run(scope, release, applied, None, Show::All)
         }
         let _ = run_as_task;
     }

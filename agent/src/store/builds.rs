@@ -119,13 +119,15 @@ struct BuildRow {
     finished_at: Option<i64>,
     cancel_requested: bool,
     superseded_by: Option<i64>,
+    restored_release: Option<i64>,
 }
 
 macro_rules! select {
     ($rest:literal) => {
         concat!(
             "SELECT id, environment, repository, branch, commit_id, title, pushed_by, kind, status, outcome, cause, stage, attempt, \
-             fence, image, release_id, queued_at, started_at, finished_at, cancel_requested, superseded_by FROM builds ",
+             fence, image, release_id, queued_at, started_at, finished_at, cancel_requested, superseded_by, \
+             restored_release FROM builds ",
             $rest
         )
     };
@@ -157,6 +159,7 @@ impl TryFrom<BuildRow> for Build {
             finished_at: row.finished_at,
             cancel_requested: row.cancel_requested,
             superseded_by: row.superseded_by,
+            restored_release: row.restored_release,
         })
     }
 }
@@ -193,13 +196,14 @@ impl Store {
         )
     }
 
-    /// Takes the oldest queued build whose environment is free, with a new fence.
+    /// Takes the oldest queued build whose environment is free, one that brings a release back first, with a new fence.
     pub async fn claim(&self, holder: &str) -> anyhow::Result<Option<Build>> {
         let id: Option<i64> = on!(&self.main, pool, BEGIN, lock => {
             let mut tx = pool.begin_with(BEGIN).await?;
             let id: Option<i64> = sqlx::query_scalar(lock!(
                 "SELECT b.id FROM builds b WHERE b.status = 'queued' AND NOT EXISTS \
-                 (SELECT 1 FROM builds r WHERE r.environment = b.environment AND r.status = 'running') ORDER BY b.id LIMIT 1"
+                 (SELECT 1 FROM builds r WHERE r.environment = b.environment AND r.status = 'running') \
+                 ORDER BY CASE WHEN b.kind IN ('undo', 'redo') THEN 0 ELSE 1 END, b.id LIMIT 1"
             ))
             .fetch_optional(&mut *tx)
             .await?;
@@ -242,13 +246,39 @@ impl Store {
         Ok(())
     }
 
-    /// The last moment at which a newer push or a person can stop a build: false when one has. From here on it is let
-    /// through to its end.
+    /// The last moment at which a newer push, a pin or a person can stop a build: false when one has. From here on it is
+    /// let through to its end.
     pub async fn begin_deploying(&self, build: &Build) -> anyhow::Result<bool> {
         let rows = on!(&self.main, pool => sqlx::query(
-                "UPDATE builds SET deploying = TRUE WHERE id = $1 AND fence = $2 AND superseded_by IS NULL AND NOT cancel_requested")
+                "UPDATE builds SET deploying = TRUE WHERE id = $1 AND fence = $2 AND superseded_by IS NULL AND NOT cancel_requested \
+                 AND (kind IN ('undo', 'redo') OR NOT EXISTS \
+                 (SELECT 1 FROM environments e WHERE e.name = builds.environment AND e.pinned_at IS NOT NULL))")
             .bind(build.id).bind(build.fence).execute(pool).await?.rows_affected());
         Ok(rows == 1)
+    }
+
+    /// An error where another agent has taken the build over.
+    pub async fn ensure_held(&self, build: &Build) -> anyhow::Result<()> {
+        let known: Option<i64> = on!(&self.main, pool => sqlx::query_scalar("SELECT id FROM builds WHERE id = $1 AND fence = $2 AND status = 'running'")
+            .bind(build.id).bind(build.fence).fetch_optional(pool).await?);
+        anyhow::ensure!(known.is_some(), "build #{} is no longer ours", build.id);
+        Ok(())
+    }
+
+    /// Says why a build fails while it still runs: its rollback comes next, and may be gone on with by another agent.
+    pub async fn set_cause(&self, build: &Build, cause: &Cause) -> anyhow::Result<()> {
+        let cause = serde_json::to_string(cause)?;
+        on!(&self.main, pool => sqlx::query("UPDATE builds SET cause = $3 WHERE id = $1 AND fence = $2 AND status = 'running'")
+            .bind(build.id).bind(build.fence).bind(&cause).execute(pool).await?.rows_affected());
+        self.notify();
+        Ok(())
+    }
+
+    /// The release that this build's rollback has put back.
+    pub async fn set_restored(&self, build: &Build, release_id: i64) -> anyhow::Result<()> {
+        on!(&self.main, pool => sqlx::query("UPDATE builds SET restored_release = $3 WHERE id = $1 AND fence = $2")
+            .bind(build.id).bind(build.fence).bind(release_id).execute(pool).await?.rows_affected());
+        Ok(())
     }
 
     /// Ends a build, once: a terminal status never changes. False when it had ended or another holds it.

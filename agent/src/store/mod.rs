@@ -5,6 +5,7 @@
 
 mod builds;
 mod dialect;
+mod environments;
 mod github;
 mod intake;
 mod logs;
@@ -21,6 +22,7 @@ use crate::config::Environment;
 use dialect::{Db, on};
 
 pub use builds::{Filter, NewBuild};
+pub use environments::{Pin, Serving};
 pub use github::{Siblings, Untold};
 pub use intake::{Accepted, Delivery};
 pub use logs::NumberedLine;

@@ -1,9 +1,11 @@
 //! Releases: planned before the first mutation, live after the last proof, kept to be put back.
 
+use sqlx::{FromRow, Row};
+
 use super::Store;
 use super::dialect::on;
-use crate::builds::{Build, now};
-use crate::release::{AppliedObject, Release};
+use crate::builds::{Build, Millis, now};
+use crate::release::{AppliedObject, Change, Evidence, Release};
 
 impl Store {
     /// Commits a release to the store before anything of it is applied, and gives it its number. The same build plans
@@ -11,25 +13,16 @@ impl Store {
     pub async fn plan_release(&self, build: &Build, release: &Release) -> anyhow::Result<i64> {
         let id = on!(&self.main, pool, BEGIN, _lock => {
             let mut tx = pool.begin_with(BEGIN).await?;
-            let known: Option<i64> = sqlx::query_scalar("SELECT id FROM releases WHERE build_id = $1 ORDER BY id DESC LIMIT 1")
-                .bind(build.id).fetch_optional(&mut *tx).await?;
-            let id: i64 = match known {
+            let known: Option<i64> = sqlx::query_scalar("SELECT release_id FROM builds WHERE id = $1")
+                .bind(build.id).fetch_one(&mut *tx).await?;
+            let id = match known {
                 Some(id) => {
                     sqlx::query("DELETE FROM releases WHERE id = $1").bind(id).execute(&mut *tx).await?;
                     id
                 }
-                None => {
-                    sqlx::query_scalar("UPDATE counters SET value = value + 1 WHERE name = 'release' RETURNING value")
-                        .fetch_one(&mut *tx).await?
-                }
+                None => number!(tx),
             };
-            let body = serde_json::to_string(&Release { id, ..release.clone() })?;
-            sqlx::query(
-                "INSERT INTO releases (id, environment, build_id, commit_id, image, set_hash, body, state, planned_at) \
-                 VALUES ($1, $2, $3, $4, $5, $6, $7, 'planned', $8)",
-            )
-            .bind(id).bind(&release.environment).bind(build.id).bind(&release.commit).bind(&release.image).bind(&release.set_hash)
-            .bind(body).bind(now()).execute(&mut *tx).await?;
+            insert!(tx, id, build, release, "planned");
             let held = sqlx::query("UPDATE builds SET release_id = $3 WHERE id = $1 AND fence = $2")
                 .bind(build.id).bind(build.fence).bind(id).execute(&mut *tx).await?.rows_affected();
             anyhow::ensure!(held == 1, "build #{} is no longer ours", build.id);
@@ -40,8 +33,30 @@ impl Store {
         Ok(id)
     }
 
+    /// Records what stood in an environment before its first release, so that it can be put back; once.
+    pub async fn adopt(&self, build: &Build, found: &Release) -> anyhow::Result<()> {
+        on!(&self.main, pool, BEGIN, _lock => {
+            let mut tx = pool.begin_with(BEGIN).await?;
+            let known: Option<i64> = sqlx::query_scalar("SELECT id FROM releases WHERE environment = $1 AND state = 'adopted'")
+                .bind(&found.environment).fetch_optional(&mut *tx).await?;
+            if known.is_none() {
+                let id: i64 = number!(tx);
+                insert!(tx, id, build, found, "adopted");
+            }
+            tx.commit().await?;
+        });
+        Ok(())
+    }
+
     pub async fn release(&self, id: i64) -> anyhow::Result<Option<Release>> {
         let body: Option<String> = on!(&self.main, pool => sqlx::query_scalar("SELECT body FROM releases WHERE id = $1").bind(id).fetch_optional(pool).await?);
+        Ok(body.as_deref().map(serde_json::from_str).transpose()?)
+    }
+
+    /// What stood in an environment before its first release, where anything did.
+    pub async fn adopted(&self, environment: &str) -> anyhow::Result<Option<Release>> {
+        let body: Option<String> = on!(&self.main, pool => sqlx::query_scalar("SELECT body FROM releases WHERE environment = $1 AND state = 'adopted'")
+            .bind(environment).fetch_optional(pool).await?);
         Ok(body.as_deref().map(serde_json::from_str).transpose()?)
     }
 
@@ -55,43 +70,69 @@ impl Store {
         Ok(row.unwrap_or_default())
     }
 
-    /// Records what was applied, with the UIDs by which it can be removed again.
+    /// Records one object as it was applied, with the UID by which it can be removed again. What a release created stays
+    /// "created" when it is applied again.
     pub async fn record_applied(
         &self,
         build: &Build,
         release_id: i64,
-        objects: &[AppliedObject],
+        ordinal: usize,
+        object: &AppliedObject,
     ) -> anyhow::Result<()> {
-        on!(&self.main, pool, BEGIN, _lock => {
-            let mut tx = pool.begin_with(BEGIN).await?;
-            sqlx::query("DELETE FROM release_objects WHERE release_id = $1").bind(release_id).execute(&mut *tx).await?;
-            for (ordinal, object) in (0_i64..).zip(objects) {
-                let change = serde_json::to_value(object.change)?;
-                sqlx::query(
-                    "INSERT INTO release_objects (release_id, ordinal, api_version, kind, namespace, name, uid, change) \
-                     VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
-                )
-                .bind(release_id).bind(ordinal).bind(&object.api_version).bind(&object.kind).bind(&object.namespace)
-                .bind(&object.name).bind(&object.uid).bind(change.as_str().unwrap_or_default()).execute(&mut *tx).await?;
-            }
-            sqlx::query("UPDATE releases SET state = 'applied' WHERE id = $1 AND EXISTS (SELECT 1 FROM builds WHERE id = $2 AND fence = $3)")
-                .bind(release_id).bind(build.id).bind(build.fence).execute(&mut *tx).await?;
-            tx.commit().await?;
-        });
+        let rows = on!(&self.main, pool => sqlx::query(
+                "INSERT INTO release_objects (release_id, ordinal, api_version, kind, namespace, name, uid, change) \
+                 SELECT $1, $2, $3, $4, $5, $6, $7, $8 WHERE EXISTS (SELECT 1 FROM builds WHERE id = $9 AND fence = $10) \
+                 ON CONFLICT (release_id, ordinal) DO UPDATE SET uid = $7, removed_at = NULL, change = \
+                 CASE WHEN release_objects.change = 'created' AND release_objects.uid = $7 THEN 'created' \
+                 WHEN release_objects.change = 'changed' AND $8 = 'unchanged' THEN 'changed' ELSE $8 END")
+            .bind(release_id).bind(i64::try_from(ordinal)?).bind(&object.api_version).bind(&object.kind).bind(&object.namespace)
+            .bind(&object.name).bind(&object.uid).bind(object.change.as_str()).bind(build.id).bind(build.fence)
+            .execute(pool).await?.rows_affected());
+        anyhow::ensure!(rows == 1, "build #{} is no longer ours", build.id);
         Ok(())
     }
 
-    /// The release serves: it takes the place of the one before.
-    pub async fn release_is_live(&self, build: &Build, release: &Release) -> anyhow::Result<()> {
+    /// What was applied of a release, in its order, less what was removed since.
+    pub async fn applied(&self, release_id: i64) -> anyhow::Result<Vec<AppliedObject>> {
+        let rows: Vec<ObjectRow> = on!(&self.main, pool => sqlx::query_as(
+                "SELECT release_id, ordinal, api_version, kind, namespace, name, uid, change FROM release_objects \
+                 WHERE release_id = $1 AND removed_at IS NULL ORDER BY ordinal")
+            .bind(release_id).fetch_all(pool).await?);
+        rows.into_iter().map(ObjectRow::object).collect()
+    }
+
+    /// What releases of an environment created and nobody has removed by our word, newest first, and of which release.
+    pub async fn created(&self, environment: &str) -> anyhow::Result<Vec<(i64, AppliedObject)>> {
+        let rows: Vec<ObjectRow> = on!(&self.main, pool => sqlx::query_as(
+                "SELECT o.release_id, o.ordinal, o.api_version, o.kind, o.namespace, o.name, o.uid, o.change FROM release_objects o \
+                 JOIN releases r ON r.id = o.release_id WHERE r.environment = $1 AND o.change = 'created' AND o.removed_at IS NULL \
+                 ORDER BY o.release_id DESC, o.ordinal DESC")
+            .bind(environment).fetch_all(pool).await?);
+        rows.into_iter()
+            .map(|row| Ok((row.release_id, row.object()?)))
+            .collect()
+    }
+
+    /// An object of this UID is there no more, whichever releases had it.
+    pub async fn record_removed(&self, uid: &str) -> anyhow::Result<()> {
+        on!(&self.main, pool => sqlx::query("UPDATE release_objects SET removed_at = $2 WHERE uid = $1 AND removed_at IS NULL")
+            .bind(uid).bind(now()).execute(pool).await?.rows_affected());
+        Ok(())
+    }
+
+    /// The release serves: it takes the place of the one before. What was asked of it anew is no longer held against its
+    /// commit.
+    pub async fn release_is_live(
+        &self,
+        build: &Build,
+        release: &Release,
+        revisions: &[(String, String)],
+    ) -> anyhow::Result<()> {
         let at = now();
+        let revisions: std::collections::BTreeMap<_, _> = revisions.iter().cloned().collect();
+        let revisions = serde_json::to_string(&revisions)?;
         on!(&self.main, pool, BEGIN, _lock => {
             let mut tx = pool.begin_with(BEGIN).await?;
-            sqlx::query(
-                "UPDATE releases SET ended_at = $3, ended_why = 'replaced' WHERE environment = $1 AND state = 'live' AND ended_at IS NULL AND id <> $2",
-            )
-            .bind(&release.environment).bind(release.id).bind(at).execute(&mut *tx).await?;
-            sqlx::query("UPDATE releases SET state = 'live', live_at = COALESCE(live_at, $2), ended_at = NULL WHERE id = $1")
-                .bind(release.id).bind(at).execute(&mut *tx).await?;
             let held = sqlx::query(
                 "UPDATE environments SET deployed_commit = $2, deployed_release = $3, unsettled = FALSE WHERE name = $1 AND \
                  EXISTS (SELECT 1 FROM builds WHERE id = $4 AND fence = $5)",
@@ -99,22 +140,151 @@ impl Store {
             .bind(&release.environment).bind(&release.commit).bind(release.id).bind(build.id).bind(build.fence)
             .execute(&mut *tx).await?.rows_affected();
             anyhow::ensure!(held == 1, "build #{} is no longer ours", build.id);
+            let why = match build.kind.brings_back() {
+                true => format!("{} by {} (#{})", build.kind, build.by, build.id),
+                false => format!("replaced by #{}", build.id),
+            };
+            sqlx::query("UPDATE releases SET ended_at = $3, ended_why = $4 WHERE environment = $1 AND state = 'live' AND ended_at IS NULL AND id <> $2")
+                .bind(&release.environment).bind(release.id).bind(at).bind(&why).execute(&mut *tx).await?;
+            sqlx::query("UPDATE servings SET ended_at = $3, ended_why = $4 WHERE environment = $1 AND ended_at IS NULL AND build_id <> $2")
+                .bind(&release.environment).bind(build.id).bind(at).bind(&why).execute(&mut *tx).await?;
+            sqlx::query(
+                "UPDATE releases SET state = CASE WHEN state = 'adopted' THEN state ELSE 'live' END, live_at = COALESCE(live_at, $2), \
+                 ended_at = NULL, ended_why = NULL WHERE id = $1",
+            )
+            .bind(release.id).bind(at).execute(&mut *tx).await?;
+            sqlx::query(
+                "INSERT INTO servings (build_id, environment, release_id, revisions, began_at) VALUES ($1, $2, $3, $4, $5) \
+                 ON CONFLICT (build_id) DO UPDATE SET revisions = $4, ended_at = NULL, ended_why = NULL",
+            )
+            .bind(build.id).bind(&release.environment).bind(release.id).bind(&revisions).bind(at).execute(&mut *tx).await?;
+            sqlx::query("DELETE FROM quarantine WHERE environment = $1 AND commit_id = $2")
+                .bind(&release.environment).bind(&release.commit).execute(&mut *tx).await?;
             tx.commit().await?;
         });
         self.notify();
         Ok(())
     }
 
+    /// The release is not to be deployed again by itself: its row says so, and its commit is held back.
     pub async fn release_failed(
         &self,
         build: &Build,
-        release_id: i64,
+        release: &Release,
         why: &str,
     ) -> anyhow::Result<()> {
-        on!(&self.main, pool => sqlx::query(
-                "UPDATE releases SET state = 'failed', ended_at = $2, ended_why = $3 WHERE id = $1 AND state <> 'live' AND \
-                 EXISTS (SELECT 1 FROM builds WHERE id = $4 AND fence = $5)")
-            .bind(release_id).bind(now()).bind(why).bind(build.id).bind(build.fence).execute(pool).await?.rows_affected());
+        let at = now();
+        on!(&self.main, pool, BEGIN, _lock => {
+            let mut tx = pool.begin_with(BEGIN).await?;
+            sqlx::query(
+                "UPDATE releases SET state = 'failed', ended_at = $2, ended_why = $3 WHERE id = $1 AND state IN ('planned', 'applied') AND \
+                 EXISTS (SELECT 1 FROM builds WHERE id = $4 AND fence = $5)",
+            )
+            .bind(release.id).bind(at).bind(why).bind(build.id).bind(build.fence).execute(&mut *tx).await?;
+            if !build.kind.brings_back() {
+                sqlx::query(
+                    "INSERT INTO quarantine (environment, commit_id, build_id, at) VALUES ($1, $2, $3, $4) \
+                     ON CONFLICT (environment, commit_id) DO UPDATE SET build_id = $3, at = $4",
+                )
+                .bind(&release.environment).bind(&release.commit).bind(build.id).bind(at).execute(&mut *tx).await?;
+            }
+            tx.commit().await?;
+        });
         Ok(())
     }
+
+    /// The build in which a commit failed in an environment, where nobody has asked for it since.
+    pub async fn quarantined(
+        &self,
+        environment: &str,
+        commit: &str,
+    ) -> anyhow::Result<Option<i64>> {
+        let build = on!(&self.main, pool => sqlx::query_scalar("SELECT build_id FROM quarantine WHERE environment = $1 AND commit_id = $2")
+            .bind(environment).bind(commit).fetch_optional(pool).await?);
+        Ok(build)
+    }
+
+    /// Keeps what a failure showed; what an earlier attempt kept stays.
+    pub async fn keep_evidence(&self, build: &Build, evidence: &[Evidence]) -> anyhow::Result<()> {
+        on!(&self.main, pool, BEGIN, _lock => {
+            let mut tx = pool.begin_with(BEGIN).await?;
+            for (ordinal, one) in (0_i64..).zip(evidence) {
+                sqlx::query(
+                    "INSERT INTO evidence (build_id, ordinal, title, body) VALUES ($1, $2, $3, $4) ON CONFLICT (build_id, ordinal) DO NOTHING",
+                )
+                .bind(build.id).bind(ordinal).bind(&one.title).bind(&one.body).execute(&mut *tx).await?;
+            }
+            tx.commit().await?;
+        });
+        self.notify();
+        Ok(())
+    }
+
+    pub async fn evidence(&self, build_id: i64) -> anyhow::Result<Vec<Evidence>> {
+        let rows: Vec<(String, String)> = on!(&self.main, pool => sqlx::query_as("SELECT title, body FROM evidence WHERE build_id = $1 ORDER BY ordinal")
+            .bind(build_id).fetch_all(pool).await?);
+        Ok(rows
+            .into_iter()
+            .map(|(title, body)| Evidence { title, body })
+            .collect())
+    }
+
+    /// How long the rollouts of the last good releases took, the longest of five; None where there was none.
+    pub async fn usual_rollout(&self, environment: &str) -> anyhow::Result<Option<Millis>> {
+        let took: Vec<i64> = on!(&self.main, pool => sqlx::query(
+                "SELECT s.done_at - s.begun_at FROM stages s JOIN builds b ON b.id = s.build_id WHERE b.environment = $1 AND b.outcome = 'live' \
+                 AND s.stage = 'verify' AND s.status = 'passed' AND s.done_at IS NOT NULL ORDER BY b.id DESC LIMIT 5")
+            .bind(environment).fetch_all(pool).await?.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?);
+        Ok(took.into_iter().max())
+    }
 }
+
+#[derive(FromRow)]
+struct ObjectRow {
+    release_id: i64,
+    api_version: String,
+    kind: String,
+    namespace: String,
+    name: String,
+    uid: String,
+    change: String,
+}
+
+impl ObjectRow {
+    fn object(self) -> anyhow::Result<AppliedObject> {
+        Ok(AppliedObject {
+            change: self.change.parse::<Change>()?,
+            api_version: self.api_version,
+            kind: self.kind,
+            namespace: self.namespace,
+            name: self.name,
+            uid: self.uid,
+            generation: 0,
+        })
+    }
+}
+
+/// The next number that people see.
+macro_rules! number {
+    ($tx:ident) => {
+        sqlx::query_scalar(
+            "UPDATE counters SET value = value + 1 WHERE name = 'release' RETURNING value",
+        )
+        .fetch_one(&mut *$tx)
+        .await?
+    };
+}
+use number;
+
+macro_rules! insert {
+    ($tx:ident, $id:ident, $build:ident, $release:ident, $state:literal) => {
+        let body = serde_json::to_string(&Release { id: $id, ..$release.clone() })?;
+        sqlx::query(
+            "INSERT INTO releases (id, environment, build_id, commit_id, image, set_hash, body, state, planned_at) \
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)",
+        )
+        .bind($id).bind(&$release.environment).bind($build.id).bind(&$release.commit).bind(&$release.image).bind(&$release.set_hash)
+        .bind(body).bind($state).bind(now()).execute(&mut *$tx).await?;
+    };
+}
+use insert;

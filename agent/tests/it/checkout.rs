@@ -178,6 +178,7 @@ fn build(branch: &str, commit: &str) -> Build {
         finished_at: None,
         cancel_requested: false,
         superseded_by: None,
+        restored_release: None,
     }
 }
 

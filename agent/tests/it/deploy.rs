@@ -9,7 +9,9 @@ use landfall::config::{Docker, Environment};
 use landfall::diagnostic::parse_yaml;
 use landfall::pipeline::{self, Pipeline};
 use landfall::release::{Change, Release};
-use landfall::stages::{Applied, Built, CheckedOut, Scope, StageError, StageResult, deploy};
+use landfall::stages::deploy::{self, Applying, Way};
+use landfall::stages::plan::{self, Ground};
+use landfall::stages::{Applied, Built, CheckedOut, Scope, StageError, StageResult};
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
@@ -109,14 +111,30 @@ impl Place {
             config_digest: String::new(),
         };
         self.with_scope(number, async |scope| {
-            deploy::plan(scope, &checked_out, &built, serving).await
+            let ground = Ground {
+                serving: serving.cloned(),
+                ..Ground::default()
+            };
+            let plan = plan::run(scope, &checked_out, &built, &ground).await?;
+            Ok(plan.release)
         })
         .await
     }
 
     async fn apply(&self, number: i64, release: &Release) -> (StageResult<Applied>, String) {
-        self.with_scope(number, async |scope| deploy::apply(scope, release).await)
-            .await
+        self.with_scope(number, async |scope| {
+            let held = deploy::hold(scope, Some(release)).await?;
+            let mut applying = Applying::begin(scope, &held, release, Way::Forward).await?;
+            let mut objects = Vec::new();
+            while let Some((_, object)) = applying.next().await? {
+                objects.push(object);
+            }
+            Ok(Applied {
+                release_id: release.id,
+                objects,
+            })
+        })
+        .await
     }
 
     async fn with_scope<T>(
@@ -195,6 +213,7 @@ fn build(number: i64) -> Build {
         finished_at: None,
         cancel_requested: false,
         superseded_by: None,
+        restored_release: None,
     }
 }
 
@@ -291,7 +310,6 @@ async fn the_same_set_twice_is_unchanged() {
         .map(|object| object.kind.as_str())
         .collect();
     let order = [
-        "Namespace",
         "ServiceAccount",
         "ConfigMap",
         "Service",
@@ -328,12 +346,7 @@ async fn the_same_set_twice_is_unchanged() {
         ".metadata.annotations.kubernetes\\.io/change-cause",
     );
     assert_eq!(cause, "Landfall #1: 0123456789ab Change 1");
-    assert_eq!(deploy::undo_hint(&release, Some(&again)), None);
-    let hint = deploy::undo_hint(&release, None).unwrap();
-    assert_eq!(
-        hint,
-        format!("kubectl -n {} rollout undo deployment/web", place.ns())
-    );
+    assert_eq!(deploy::undo_hint(place.ns(), &again.objects), None);
 }
 
 #[tokio::test]
@@ -619,8 +632,7 @@ async fn a_config_map_rolls_only_the_workload_that_names_it() {
         "2"
     );
     assert_eq!(place.field("configmap/settings", ".data.mode"), "0644");
-    let hint =
-        deploy::undo_hint(&place.plan(3, &set("two")).await.0.unwrap(), Some(&applied)).unwrap();
+    let hint = deploy::undo_hint(place.ns(), &applied.objects).unwrap();
     assert_eq!(
         hint,
         format!("kubectl -n {} rollout undo deployment/web", place.ns())
@@ -702,10 +714,11 @@ async fn a_missing_namespace_is_made_only_where_the_operator_says_so() {
     place.environment.create_namespace = true;
     let (applied, log) = place.deploy(1, &set).await;
     assert!(log.contains("cannot be checked before"), "{log}");
-    assert_eq!(
-        change_of(&applied, &format!("namespace/{}", other.0)),
-        Change::Created
+    assert!(
+        log.contains(&format!("namespace/{} created", other.0)),
+        "{log}"
     );
+    assert_eq!(change_of(&applied, "configmap/a"), Change::Created);
     assert_eq!(
         kubectl(&["-n", &other.0, "get", "configmap/a", "-o", "name"]).trim(),
         "configmap/a"
@@ -747,7 +760,7 @@ async fn a_job_runs_once_and_before_the_workloads() {
     };
     assert_eq!(cause.id, "job_failed");
     assert!(
-        cause.sentence.contains("BackoffLimitExceeded"),
+        cause.sentence.contains("backoff limit"),
         "{}",
         cause.sentence
     );
@@ -769,6 +782,20 @@ async fn an_agent_with_a_role_in_its_namespace_can_deploy() {
         "agent",
         "--verb=get,list,watch,create,patch",
         kinds,
+    ]);
+    place.kubectl(&[
+        "create",
+        "role",
+        "lease",
+        "--verb=get,create,update",
+        "--resource=leases.coordination.k8s.io",
+    ]);
+    place.kubectl(&[
+        "create",
+        "rolebinding",
+        "lease",
+        "--role=lease",
+        &format!("--serviceaccount={}:agent", place.ns()),
     ]);
     place.kubectl(&[
         "create",
@@ -903,4 +930,102 @@ async fn an_image_built_elsewhere_keeps_its_digest_until_its_name_changes() {
     let _ = Command::new("docker")
         .args(["image", "rm", &format!("{name}:1")])
         .output();
+}
+
+#[tokio::test]
+async fn an_apply_under_an_older_fence_is_refused_also_where_the_object_was_deleted() {
+    let place = Place::new("deploy-fence");
+    let set = |value: &str| {
+        [
+            configmap("settings", value),
+            deployment("web", "replicas: 0", ""),
+        ]
+        .concat()
+    };
+    place.deploy(1, &set("one")).await;
+    for deleted in [false, true] {
+        let older = place.plan(2, &set("older")).await.0.unwrap();
+        let newer = place.plan(3, &set("newer")).await.0.unwrap();
+        // The older holder pauses between its claim and its first object; the newer one takes over and applies.
+        let paused = async |scope: &Scope<'_>| -> StageResult<()> {
+            let held = deploy::hold(scope, Some(&older)).await?;
+            let mut applying = Applying::begin(scope, &held, &older, Way::Forward).await?;
+            place.apply(3, &newer).await.0?;
+            if deleted {
+                place.kubectl(&["delete", "configmap/settings"]);
+            }
+            while applying.next().await?.is_some() {}
+            Ok(())
+        };
+        let refused = place.with_scope(2, paused).await.0;
+        let Err(StageError::Agent(error)) = refused else {
+            panic!("an older holder has written: {refused:?}");
+        };
+        let told = format!("{error:#}");
+        assert!(
+            told.contains("another agent has taken over this environment"),
+            "{told}"
+        );
+        let stands = if deleted { "" } else { "newer" };
+        assert_eq!(place.field("configmap/settings", ".data.key"), stands);
+    }
+    let fence = place.field("deployment/web", ".metadata.labels.landfall\\.dev/fence");
+    assert_eq!(
+        fence,
+        place.field("lease/landfall-test", ".spec.leaseTransitions")
+    );
+    // A store that was lost begins anew with small numbers, and goes on all the same.
+    place.deploy(1, &set("anew")).await;
+    assert_eq!(place.field("configmap/settings", ".data.key"), "anew");
+}
+
+#[tokio::test]
+async fn a_service_that_would_lead_nowhere_is_refused_before_the_rollout() {
+    let place = Place::new("deploy-wiring");
+    let service = |selector: &str, port: &str| {
+        format!(
+            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: web}}\nspec: {{selector: {{app: {selector}}}, ports: [{{port: 80, targetPort: {port}}}]}}\n"
+        )
+    };
+    let web = deployment(
+        "web",
+        "replicas: 1",
+        "ports: [{name: http, containerPort: 5000}]",
+    );
+    let cause = place
+        .refused(&[&service("wbe", "5000"), web.as_str()].concat())
+        .await;
+    assert_eq!(cause.id, "service_selects_nothing", "{}", cause.sentence);
+    let cause = place
+        .refused(&[&service("web", "htpp"), web.as_str()].concat())
+        .await;
+    assert_eq!(cause.id, "service_port_unknown");
+    assert!(
+        cause.sentence.contains("(they have http)"),
+        "{}",
+        cause.sentence
+    );
+    let ingress = "---\napiVersion: networking.k8s.io/v1\nkind: Ingress\nmetadata: {name: web}\nspec: {defaultBackend: {service: {name: gone, port: {number: 80}}}}\n";
+    let cause = place.refused(&[ingress, web.as_str()].concat()).await;
+    assert_eq!(cause.id, "ingress_backend_missing");
+    // What selects pods that are live is well: somebody else rolls them out.
+    place.kubectl(&[
+        "run",
+        "wbe",
+        &format!("--image={}", busybox()),
+        "--labels=app=wbe",
+        "--",
+        "/bin/busybox",
+        "sleep",
+        "1000",
+    ]);
+    place
+        .plan(1, &[&service("wbe", "5000"), web.as_str()].concat())
+        .await
+        .0
+        .unwrap();
+    assert_eq!(
+        place.kubectl(&["get", "deployments,services", "-o", "name"]),
+        ""
+    );
 }

@@ -196,6 +196,7 @@ pub fn build() -> Build {
         finished_at: None,
         cancel_requested: false,
         superseded_by: None,
+        restored_release: None,
     }
 }
 

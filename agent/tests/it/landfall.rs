@@ -129,6 +129,17 @@ impl Landfall {
         command
     }
 
+    /// Runs a command of ours to its end; its exit code, and what it printed.
+    pub fn run_command(&self, arguments: &[&str]) -> (Option<i32>, String) {
+        let mut command = self.command(&[arguments, &["--config", "agent.yaml"]].concat());
+        let output = command.output().unwrap();
+        let said = [output.stdout, output.stderr].concat();
+        (
+            output.status.code(),
+            String::from_utf8_lossy(&said).into_owned(),
+        )
+    }
+
     /// Starts the agent and waits until it is ready.
     pub async fn run(&mut self) {
         let log = fs::File::options()
@@ -261,6 +272,21 @@ impl Landfall {
         let after = self.commit(files);
         let payload = self.payload(&after);
         self.last = after;
+        let (status, answer) = self.deliver(&payload).await;
+        assert_eq!(status, 202, "{answer}");
+        answer["builds"][0]["build"].as_i64().unwrap()
+    }
+
+    /// Moves the branch back to a commit that was pushed before, and delivers that.
+    pub async fn push_again(&mut self, commit: &str) -> i64 {
+        let work = self.path("work");
+        git(&work, &["reset", "-q", "--hard", commit]);
+        git(
+            &work,
+            &["push", "-q", "--force", &self.git.url("hello.git"), BRANCH],
+        );
+        let payload = self.payload(commit);
+        commit.clone_into(&mut self.last);
         let (status, answer) = self.deliver(&payload).await;
         assert_eq!(status, 202, "{answer}");
         answer["builds"][0]["build"].as_i64().unwrap()

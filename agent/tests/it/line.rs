@@ -277,40 +277,6 @@ async fn each_fault_of_the_author_is_named_and_changes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_release_that_dies_at_start_fails_with_its_own_last_words_and_the_way_back() {
-    let mut landfall = Landfall::start("dies").await;
-    let good = landfall.push(&[]).await;
-    assert_eq!(landfall.end(good).await["status"], "passed");
-    let id = landfall
-        .push(&[(
-            "start.sh",
-            "echo 'fatal: DATABASE_URL is not set' >&2; exit 1",
-        )])
-        .await;
-    let build = landfall.end(id).await;
-    let log = landfall.log(id).await;
-    assert_eq!(
-        (&build["status"], &build["outcome"]),
-        (&json!("failed"), &json!("left_failed")),
-        "{build:#}\n{log}"
-    );
-    assert!(
-        build["cause"]["sentence"]
-            .as_str()
-            .unwrap()
-            .contains("DATABASE_URL is not set"),
-        "{:#}",
-        build["cause"]
-    );
-    assert!(
-        build["cause"]["hint"].as_str().unwrap().contains("kubectl")
-            && log.contains("rollout undo"),
-        "{:#}\n{log}",
-        build["cause"]
-    );
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wrong_answer_to_the_smoke_test_fails_the_build() {
     let mut landfall = Landfall::start("smoke").await;
     let pipeline = std::fs::read_to_string(landfall.path("work/pipeline.yaml")).unwrap();

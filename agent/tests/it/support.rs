@@ -81,6 +81,21 @@ impl Drop for Namespace {
     }
 }
 
+/// Applies YAML as people do, with `kubectl apply`.
+pub fn kubectl_apply(namespace: &str, yaml: &str) {
+    let mut child = Command::new(setting("LANDFALL_TEST_KUBECTL"))
+        .arg("--kubeconfig")
+        .arg(kubeconfig())
+        .args(["-n", namespace, "apply", "-f", "-"])
+        .stdin(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    std::io::Write::write_all(&mut stdin, yaml.as_bytes()).unwrap();
+    drop(stdin);
+    assert!(child.wait().unwrap().success());
+}
+
 /// Asks again until there is an answer; panics with `what` after the limit.
 pub async fn eventually<T>(
     what: &str,

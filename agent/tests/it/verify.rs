@@ -7,7 +7,8 @@ use landfall::builds::{Build, BuildKind, Cause, Outcome, Stage, Status};
 use landfall::config::{Docker, Environment};
 use landfall::release::{AppliedObject, Change, Release};
 use landfall::stages::{
-    Applied, Live, RolledOut, Scope, StageError, StageResult, smoke_test, verify,
+    Applied, Live, RolledOut, Scope, StageError, StageResult, smoke_test, smoke_test::Soak, verify,
+    verify::Show,
 };
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
@@ -121,7 +122,7 @@ impl Stand {
     async fn verify(&self) -> StageResult<RolledOut> {
         let applied = self.apply();
         let log = self.log.stage(Stage::Verify);
-        verify::run(&self.scope(&log), &self.release, &applied).await
+        verify::run(&self.scope(&log), &self.release, &applied, None, Show::All).await
     }
 
     async fn smoke_test(&mut self, tests: Value, soak_seconds: u64) -> StageResult<Live> {
@@ -132,7 +133,13 @@ impl Stand {
             revisions: Vec::new(),
         };
         let log = self.log.stage(Stage::SmokeTest);
-        smoke_test::run(&self.scope(&log), &self.release, &rolled_out).await
+        smoke_test::run(
+            &self.scope(&log),
+            &self.release,
+            &rolled_out,
+            Soak::AsPlanned,
+        )
+        .await
     }
 
     /// Cancels as soon as the log says this; what it drained until then is lost to `log`.
@@ -186,6 +193,7 @@ fn build() -> Build {
         finished_at: None,
         cancel_requested: false,
         superseded_by: None,
+        restored_release: None,
     }
 }
 
@@ -296,9 +304,15 @@ async fn what_the_apply_left_as_it_was_is_verified_all_the_same() {
         .for_each(|object| object.change = Change::Unchanged);
     let log = stand.log.stage(Stage::Verify);
     let begun = Instant::now();
-    verify::run(&stand.scope(&log), &stand.release, &applied)
-        .await
-        .unwrap();
+    verify::run(
+        &stand.scope(&log),
+        &stand.release,
+        &applied,
+        None,
+        Show::All,
+    )
+    .await
+    .unwrap();
     assert!(begun.elapsed() < Duration::from_secs(5));
     assert!(stand.log().await.contains("changed nothing"));
 }
@@ -360,7 +374,7 @@ async fn a_missing_key_of_a_config_map_is_named() {
         vec![config, deployment]
     });
     let cause = dead_within(15, &stand).await;
-    assert_eq!(cause.id, "config_missing");
+    assert_eq!(cause.id, "config_key_missing");
     assert!(
         cause.sentence.contains("couldn't find key missing"),
         "{cause:?}"
@@ -405,7 +419,7 @@ async fn what_is_never_ready_is_failed_when_its_time_is_up() {
     let begun = Instant::now();
     let cause = dead_within(20, &stand).await;
     assert!(begun.elapsed() >= Duration::from_secs(8));
-    assert_eq!(cause.id, "never_ready");
+    assert_eq!(cause.id, "probe_refused");
     assert!(cause.sentence.contains("connection refused"), "{cause:?}");
 }
 
@@ -581,9 +595,15 @@ async fn a_cluster_out_of_sight_is_never_a_failure_of_the_release() {
     stand.environment.kubeconfig = Some(file.path().to_path_buf());
     stand.environment.limits.unreachable_seconds = 3;
     let log = stand.log.stage(Stage::Verify);
-    let error = verify::run(&stand.scope(&log), &stand.release, &applied)
-        .await
-        .unwrap_err();
+    let error = verify::run(
+        &stand.scope(&log),
+        &stand.release,
+        &applied,
+        None,
+        Show::All,
+    )
+    .await
+    .unwrap_err();
     let StageError::Agent(error) = error else {
         panic!("{error:?}")
     };

@@ -1,0 +1,302 @@
+//! Environments in the API: what serves, what served, and the rows by which a person goes back, forward, or holds.
+//!
+//! The line: name → environment of agent.yaml → row. Nothing is undone here: an undo is a build that the queue finds.
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use axum::response::Response;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use super::{
+    ADMIN, ApiError, NO_COMMIT, accepted, current_build, enqueue, read_body, unknown_environment,
+    view,
+};
+use crate::app::App;
+use crate::builds::{BuildKind, Push};
+use crate::config::Environment;
+use crate::store::Serving;
+
+/// So many rows of history are shown, and looked through for what to go back to.
+const HISTORY_MAX: i64 = 200;
+const REASON_CHARS_MAX: usize = 300;
+
+/// Where an undo leads.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Undo {
+    /// The number of a release.
+    release: Option<i64>,
+    /// A number of `kubectl rollout history`.
+    revision: Option<i64>,
+    reason: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Reason {
+    reason: Option<String>,
+}
+
+pub async fn list(State(app): State<App>) -> Result<Json<Value>, ApiError> {
+    let mut environments = Vec::with_capacity(app.config.environments.len());
+    for environment in &app.config.environments {
+        let (commit, release) = app.store.deployed(&environment.name).await?;
+        let build = current_build(&app.store, &environment.name).await?;
+        let build = build.map(|build| view(&app.config, &build)).transpose()?;
+        environments.push(json!({
+            "name": environment.name,
+            "repository": environment.repository,
+            "branch": environment.branch,
+            "namespace": environment.namespace,
+            "deployed": {"commit": commit, "release": release},
+            "pinned": app.store.pinned(&environment.name).await?,
+            "build": build,
+        }));
+    }
+    Ok(Json(json!({"environments": environments})))
+}
+
+pub async fn releases(
+    State(app): State<App>,
+    Path(name): Path<String>,
+) -> Result<Json<Value>, ApiError> {
+    let environment = find(&app, &name)?;
+    let (_, current) = app.store.deployed(&environment.name).await?;
+    let releases = app.store.history(&environment.name, HISTORY_MAX).await?;
+    let pinned = app.store.pinned(&environment.name).await?;
+    Ok(Json(json!({
+        "environment": environment.name, "current": current, "pinned": pinned, "releases": releases,
+    })))
+}
+
+pub async fn undo(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, ApiError> {
+    let environment = find(&app, &name)?;
+    let asked: Undo = optional(body)?;
+    let (_, current) = app.store.deployed(&environment.name).await?;
+    let history = app.store.history(&environment.name, HISTORY_MAX).await?;
+    let target = match (asked.release, asked.revision) {
+        (Some(_), Some(_)) => return Err(bad_request("give a release or a revision, not both")),
+        (Some(release), None) => named(&history, current, |row| row.release == release)
+            .ok_or_else(|| nothing(&name, &format!("release {release} has never served here")))?,
+        (None, Some(revision)) => named(&history, current, |row| has_revision(row, revision))
+            .ok_or_else(|| {
+                nothing(
+                    &name,
+                    &format!("no release that served here is known as revision {revision}"),
+                )
+            })?,
+        (None, None) => previous(&history, current)
+            .ok_or_else(|| nothing(&name, "no earlier release has served here"))?,
+    };
+    let reason = match bounded(asked.reason) {
+        Some(reason) => format!("undo to release {}: {reason}", target.release),
+        None => format!("undo to release {}", target.release),
+    };
+    bring_back(&app, environment, target, BuildKind::Undo, &reason).await
+}
+
+pub async fn redo(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, ApiError> {
+    let environment = find(&app, &name)?;
+    let asked: Reason = optional(body)?;
+    let (_, current) = app.store.deployed(&environment.name).await?;
+    let history = app.store.history(&environment.name, HISTORY_MAX).await?;
+    let target = next(&history, current)
+        .ok_or_else(|| nothing(&name, "no later release has served here"))?;
+    let reason =
+        bounded(asked.reason).unwrap_or_else(|| format!("redo of release {}", target.release));
+    bring_back(&app, environment, target, BuildKind::Redo, &reason).await
+}
+
+pub async fn pin(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Json<Value>, ApiError> {
+    let environment = find(&app, &name)?;
+    let asked: Reason = optional(body)?;
+    let Some(reason) = bounded(asked.reason) else {
+        return Err(bad_request(
+            "a pin needs a reason: whoever finds it will ask",
+        ));
+    };
+    app.store.pin(&environment.name, &reason, ADMIN).await?;
+    Ok(Json(
+        json!({"environment": environment.name, "pinned": app.store.pinned(&environment.name).await?}),
+    ))
+}
+
+/// Lets it go; where something else than what serves was pushed meanwhile, the branch's head is built.
+pub async fn unpin(State(app): State<App>, Path(name): Path<String>) -> Result<Response, ApiError> {
+    let environment = find(&app, &name)?;
+    if !app.store.unpin(&environment.name, ADMIN).await? {
+        return Err(ApiError::new(
+            StatusCode::CONFLICT,
+            format!("{name} is not pinned"),
+        ));
+    }
+    let (serving, _) = app.store.deployed(&environment.name).await?;
+    let pushed = app.store.newest_push(&environment.name).await?;
+    if pushed.is_none() || pushed == serving {
+        let answer = Json(json!({"environment": environment.name, "pinned": null, "build": null}));
+        return Ok(axum::response::IntoResponse::into_response(answer));
+    }
+    let push = push(environment, String::new(), String::new());
+    enqueue(&app, &environment.name, &push, BuildKind::Manual).await
+}
+
+fn find<'a>(app: &'a App, name: &str) -> Result<&'a Environment, ApiError> {
+    let known = app.config.environment(name);
+    known.ok_or_else(|| unknown_environment(&app.config, name, StatusCode::NOT_FOUND))
+}
+
+/// An empty body asks for nothing in particular.
+fn optional<T: DeserializeOwned + Default>(
+    body: Result<Bytes, BytesRejection>,
+) -> Result<T, ApiError> {
+    let body = read_body(body)?;
+    if body.is_empty() {
+        return Ok(T::default());
+    }
+    serde_json::from_slice(&body)
+        .map_err(|error| bad_request(&format!("the body is not what is expected: {error}")))
+}
+
+fn bounded(reason: Option<String>) -> Option<String> {
+    let reason: String = reason?
+        .chars()
+        .filter(|c| !c.is_control())
+        .take(REASON_CHARS_MAX)
+        .collect();
+    let reason = reason.trim();
+    (!reason.is_empty()).then(|| reason.to_owned())
+}
+
+fn bad_request(problem: &str) -> ApiError {
+    ApiError::new(StatusCode::BAD_REQUEST, problem)
+}
+
+fn nothing(environment: &str, problem: &str) -> ApiError {
+    ApiError::new(StatusCode::CONFLICT, problem.to_owned()).hint(format!(
+        "`landfall history {environment}` shows what served"
+    ))
+}
+
+async fn bring_back(
+    app: &App,
+    environment: &Environment,
+    target: &Serving,
+    kind: BuildKind,
+    reason: &str,
+) -> Result<Response, ApiError> {
+    let push = push(environment, target.commit.clone(), target.title.clone());
+    let name = &environment.name;
+    let id = app
+        .store
+        .bring_back(&push, name, target.release, kind, reason)
+        .await?;
+    accepted(app, id).await
+}
+
+fn push(environment: &Environment, commit: String, title: String) -> Push {
+    Push {
+        repository_id: None,
+        repository: environment.repository.clone(),
+        branch: environment.branch.clone(),
+        before: NO_COMMIT.to_owned(),
+        after: commit,
+        pusher: ADMIN.to_owned(),
+        title,
+        pushed_at: None,
+    }
+}
+
+/// Releases are numbered as they came, so "earlier" is a smaller number: an undo after an undo goes further back.
+fn previous(history: &[Serving], current: Option<i64>) -> Option<&Serving> {
+    served(history)
+        .filter(|row| current.is_some_and(|current| row.release < current))
+        .max_by_key(|row| row.release)
+}
+
+fn next(history: &[Serving], current: Option<i64>) -> Option<&Serving> {
+    served(history)
+        .filter(|row| current.is_some_and(|current| row.release > current))
+        .min_by_key(|row| row.release)
+}
+
+/// The newest that fits and does not serve now.
+fn named(
+    history: &[Serving],
+    current: Option<i64>,
+    fits: impl Fn(&Serving) -> bool,
+) -> Option<&Serving> {
+    served(history).find(|row| Some(row.release) != current && fits(row))
+}
+
+fn served(history: &[Serving]) -> impl Iterator<Item = &Serving> {
+    history.iter().filter(|row| row.state != "failed")
+}
+
+fn has_revision(row: &Serving, revision: i64) -> bool {
+    let revisions: Value = serde_json::from_str(&row.revisions).unwrap_or_default();
+    let mut numbers = revisions
+        .as_object()
+        .into_iter()
+        .flat_map(|all| all.values());
+    numbers.any(|number| number.as_str() == Some(&revision.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(release: i64, state: &str, revision: &str) -> Serving {
+        Serving {
+            release,
+            build: release,
+            commit: String::new(),
+            title: String::new(),
+            image: String::new(),
+            state: state.to_owned(),
+            kind: "push".to_owned(),
+            by: String::new(),
+            revisions: format!("{{\"deployment/web\": \"{revision}\"}}"),
+            began_at: release,
+            ended_at: None,
+            ended_why: None,
+        }
+    }
+
+    #[test]
+    fn undo_goes_back_over_what_failed_and_redo_forward_again() {
+        let history = [
+            row(5, "live", "9"),
+            row(4, "failed", ""),
+            row(3, "live", "7"),
+            row(1, "adopted", ""),
+        ];
+        let number = |row: Option<&Serving>| row.map(|row| row.release);
+        assert_eq!(number(previous(&history, Some(5))), Some(3));
+        assert_eq!(number(previous(&history, Some(3))), Some(1));
+        assert_eq!(number(previous(&history, Some(1))), None);
+        assert_eq!(number(next(&history, Some(3))), Some(5));
+        assert_eq!(number(next(&history, Some(5))), None);
+        assert_eq!(number(previous(&history, None)), None);
+        assert_eq!(
+            number(named(&history, Some(5), |row| has_revision(row, 7))),
+            Some(3)
+        );
+    }
+}

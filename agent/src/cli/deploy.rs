@@ -1,0 +1,291 @@
+//! `landfall deploy`: in the place of `kubectl apply && kubectl rollout status`, and back where it fails.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use clap::Args;
+
+use super::standalone::{self, ClusterArguments};
+use super::terminal::say;
+use crate::builds::{Build, Stage};
+use crate::cluster::lease::fence_of;
+use crate::cluster::snapshot::Target as Watched;
+use crate::cluster::{Cluster, Trouble};
+use crate::config::{Docker, Environment};
+use crate::manifests::render::{self, Target, repository};
+use crate::manifests::{self, Manifest, files, name, text};
+use crate::pipeline::Verify;
+use crate::release::{AppliedObject, Release};
+use crate::stages::deploy::{self, Applying, Way};
+use crate::stages::verify::{self, Show};
+use crate::stages::{Applied, Scope, StageError, StageResult, plan, removal};
+
+/// Plan, apply and verify manifests, in the place of `kubectl apply && kubectl rollout status`
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  landfall deploy -f kubernetes/ --image web=registry.example.com/web@sha256:…  --rollback\n  landfall deploy -f app.yaml -n shop --plan\n\n\
+    Exit codes: 0 live, 1 failed, 2 usage, 3 failed and rolled back, 4 rollback failed, 5 the cluster is out of reach, 124 time-out"
+)]
+pub struct Arguments {
+    /// A file of manifests, or a folder of them
+    #[arg(short, long = "filename", value_name = "FILE|DIR", required = true)]
+    filenames: Vec<PathBuf>,
+    /// Deploy REF where the manifests name the image NAME, whatever its tag
+    #[arg(long, value_name = "NAME=REF", value_parser = image)]
+    image: Vec<(String, String)>,
+    /// Where it fails, put back what was there before, and verify that
+    #[arg(long)]
+    rollback: bool,
+    /// Only say what would change
+    #[arg(long)]
+    plan: bool,
+    /// How long the rollout may take
+    #[arg(long, value_name = "TIME", default_value = "2m", value_parser = standalone::duration)]
+    timeout: Duration,
+    #[command(flatten)]
+    cluster: ClusterArguments,
+}
+
+fn image(text: &str) -> Result<(String, String), String> {
+    let pair = text
+        .split_once('=')
+        .filter(|(name, reference)| !name.is_empty() && !reference.is_empty());
+    let (name, reference) = pair.ok_or_else(|| "an image is given as NAME=REF".to_owned())?;
+    Ok((name.to_owned(), reference.to_owned()))
+}
+
+pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let mut environment = arguments.cluster.environment();
+    let cluster = match Cluster::connect(&environment).await {
+        Ok(cluster) => cluster,
+        Err(error) => return Ok(standalone::report(&StageError::Agent(error))),
+    };
+    let manifests = read(&arguments.filenames)?;
+    environment.namespace.clone_from(&cluster.namespace);
+    check_namespace(
+        &manifests,
+        &environment,
+        arguments.cluster.namespace.is_some(),
+    )?;
+    let mut release = render(arguments, &environment, &manifests)?;
+    let build = standalone::build(match newest_fence(&cluster, &release).await {
+        Ok(fence) => fence + 1,
+        Err(trouble) => return Ok(standalone::report(&trouble.into())),
+    });
+    let docker = Docker::default();
+    standalone::with_log(Stage::Deploy, async |log, cancel| {
+        let scope = standalone::scope(&build, &environment, &docker, log, cancel);
+        let found = match plan::review(&scope, &cluster, &mut release, &[]).await {
+            Ok(found) => found,
+            Err(error) => return standalone::report(&error),
+        };
+        if arguments.plan {
+            return ExitCode::SUCCESS;
+        }
+        transaction(&scope, &release, found.as_ref(), arguments.rollback).await
+    })
+    .await
+}
+
+/// Files are read as a build reads them; each path is a tree of its own.
+fn read(paths: &[PathBuf]) -> anyhow::Result<Vec<Manifest>> {
+    let mut texts = Vec::new();
+    for path in paths {
+        let full = path
+            .canonicalize()
+            .with_context(|| format!("cannot read {}", path.display()))?;
+        let (tree, inside) = match full.is_dir() {
+            true => (full.as_path(), ".".to_owned()),
+            false => {
+                let inside = full
+                    .file_name()
+                    .map(|name| name.to_string_lossy().into_owned());
+                (
+                    full.parent().unwrap_or(Path::new("/")),
+                    inside.unwrap_or_default(),
+                )
+            }
+        };
+        texts.extend(files::read(tree, &[inside]).map_err(|problem| anyhow::anyhow!("{problem}"))?);
+    }
+    match manifests::read(&texts) {
+        Ok(manifests) => Ok(manifests),
+        Err(diagnostic) => bail!("{diagnostic}"),
+    }
+}
+
+fn check_namespace(
+    manifests: &[Manifest],
+    environment: &Environment,
+    is_given: bool,
+) -> anyhow::Result<()> {
+    for manifest in manifests {
+        let own = text(&manifest.object, "/metadata/namespace");
+        ensure!(
+            own.is_empty() || own == environment.namespace,
+            "{} is of namespace {own}, and {} is deployed to{}",
+            manifest.display_name(),
+            environment.namespace,
+            if is_given { "" } else { ": name one with -n" }
+        );
+    }
+    Ok(())
+}
+
+fn render(
+    arguments: &Arguments,
+    environment: &Environment,
+    manifests: &[Manifest],
+) -> anyhow::Result<Release> {
+    let mut pinned = BTreeMap::new();
+    for (wanted, reference) in &arguments.image {
+        let named = render::all_images(manifests);
+        let mut named = named
+            .iter()
+            .filter(|image| repository(image) == wanted)
+            .peekable();
+        ensure!(
+            named.peek().is_some(),
+            "no container of the manifests runs the image {wanted}"
+        );
+        pinned.extend(named.map(|image| (image.clone(), reference.clone())));
+    }
+    let target = Target {
+        namespace: &environment.namespace,
+        repositories: &[],
+        image: "",
+        pinned: &pinned,
+        build_id: 0,
+        commit: "",
+        title: "landfall deploy",
+    };
+    let rendered = match render::render(&target, manifests) {
+        Ok(rendered) => rendered,
+        Err(cause) => bail!("{}", cause.sentence),
+    };
+    let verify = Verify {
+        timeout_seconds: arguments.timeout.as_secs(),
+        soak_seconds: 0,
+    };
+    Ok(Release {
+        objects: rendered.objects,
+        set_hash: rendered.set_hash,
+        ..standalone::release(environment, verify)
+    })
+}
+
+/// The greatest number on what is there: an agent may have written it.
+async fn newest_fence(cluster: &Cluster, release: &Release) -> Result<i64, Trouble> {
+    let mut newest = 0;
+    for object in &release.objects {
+        let Some(resource) = cluster.resource(object).await? else {
+            continue;
+        };
+        let live = cluster.get(&resource, name(object)).await;
+        let live = live.map_err(|answer| answer.into_error("read what is there"))?;
+        newest = newest.max(live.as_ref().map_or(0, fence_of));
+    }
+    Ok(newest)
+}
+
+async fn transaction(
+    scope: &Scope<'_>,
+    release: &Release,
+    found: Option<&Release>,
+    rollback: bool,
+) -> ExitCode {
+    let mut objects = Vec::new();
+    let error = match forward(scope, release, &mut objects).await {
+        Ok(()) => {
+            say!("live");
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => error,
+    };
+    let code = standalone::report(&error);
+    let is_verdict = matches!(error, StageError::Failed(_) | StageError::TimedOut(_));
+    let has_changed = objects
+        .iter()
+        .any(|object: &AppliedObject| object.change != crate::release::Change::Unchanged);
+    if !is_verdict || !has_changed {
+        return code;
+    }
+    if !rollback {
+        if let Some(commands) = deploy::undo_hint(&release.namespace, &objects) {
+            say!("  back: {commands}");
+        }
+        return code;
+    }
+    match back(scope, &objects, found).await {
+        Ok(()) => {
+            say!("what was there before is back and verified");
+            ExitCode::from(3)
+        }
+        Err(error) => {
+            say!("the rollback failed:");
+            standalone::report(&error);
+            if let Some(commands) = deploy::undo_hint(&release.namespace, &objects) {
+                say!("  by hand: {commands}");
+            }
+            ExitCode::from(4)
+        }
+    }
+}
+
+async fn forward(
+    scope: &Scope<'_>,
+    release: &Release,
+    objects: &mut Vec<AppliedObject>,
+) -> StageResult<()> {
+    let held = deploy::hold(scope, Some(release)).await?;
+    let mut applying = Applying::begin(scope, &held, release, Way::Forward).await?;
+    while let Some((_, object)) = applying.next().await? {
+        objects.push(object);
+    }
+    let applied = Applied {
+        release_id: 0,
+        objects: objects.clone(),
+    };
+    verify::run(scope, release, &applied, None, Show::Cause)
+        .await
+        .map(drop)
+}
+
+async fn back(
+    scope: &Scope<'_>,
+    failed: &[AppliedObject],
+    found: Option<&Release>,
+) -> StageResult<()> {
+    let build = Build {
+        fence: scope.build.fence + 1,
+        ..scope.build.clone()
+    };
+    let scope = &Scope {
+        build: &build,
+        ..*scope
+    };
+    scope.log.line("Putting back what was there before");
+    let held = deploy::hold(scope, found).await?;
+    if let Some(found) = found {
+        let mut applying = Applying::begin(scope, &held, found, Way::Back).await?;
+        let mut objects = Vec::new();
+        while let Some((_, object)) = applying.next().await? {
+            objects.push(object);
+        }
+        removal::free_stuck_pods(scope, &held, &Watched::applied(found, &objects)).await;
+        removal::run(scope, &held, &removal::left_over(failed, Some(found))).await?;
+        let applied = Applied {
+            release_id: 0,
+            objects,
+        };
+        return verify::run(scope, found, &applied, None, Show::Cause)
+            .await
+            .map(drop);
+    }
+    removal::run(scope, &held, &removal::left_over(failed, None))
+        .await
+        .map(drop)
+}

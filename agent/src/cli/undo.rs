@@ -1,0 +1,68 @@
+//! `landfall undo` and `landfall redo`: back to a release that served before, and forward again, verified like any other.
+
+use std::process::ExitCode;
+
+use clap::Args;
+use serde_json::json;
+
+use super::{OutputArgument, ServerArguments, WaitArguments, build};
+
+/// Go back to an earlier release, verify it, and pin the environment to it
+#[derive(Debug, Args)]
+#[command(after_help = concat!(
+    "Examples:\n  landfall undo hello\n  landfall undo hello --to 41 --reason \"checkout is broken\"\n  landfall undo hello --to-revision 7\n\n\
+     Nothing is built: the release's whole set is applied again. New pushes are skipped until `landfall unpin`.\n\n",
+    exit_codes!()
+))]
+pub struct Arguments {
+    /// An environment of agent.yaml; may be left out where there is one only
+    #[arg(value_name = "ENVIRONMENT")]
+    environment: Option<String>,
+    /// The number of a release, as `landfall history` shows; else the one before
+    #[arg(long, value_name = "RELEASE")]
+    to: Option<i64>,
+    /// The number of a revision, as `kubectl rollout history` shows
+    #[arg(long, value_name = "REVISION", conflicts_with = "to")]
+    to_revision: Option<i64>,
+    /// Why; whoever finds the pin will ask
+    #[arg(long, value_name = "TEXT")]
+    reason: Option<String>,
+    #[command(flatten)]
+    wait: WaitArguments,
+    #[command(flatten)]
+    output: OutputArgument,
+    #[command(flatten)]
+    server: ServerArguments,
+}
+
+/// Go forward again to the release that served before an undo, and let the environment go
+#[derive(Debug, Args)]
+#[command(after_help = concat!("Examples:\n  landfall redo hello\n\n", exit_codes!()))]
+pub struct RedoArguments {
+    /// An environment of agent.yaml; may be left out where there is one only
+    #[arg(value_name = "ENVIRONMENT")]
+    environment: Option<String>,
+    #[command(flatten)]
+    wait: WaitArguments,
+    #[command(flatten)]
+    output: OutputArgument,
+    #[command(flatten)]
+    server: ServerArguments,
+}
+
+pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let client = arguments.server.client()?;
+    let environment = super::environment(&client, arguments.environment.as_deref()).await?;
+    let body = json!({
+        "release": arguments.to, "revision": arguments.to_revision, "reason": arguments.reason,
+    });
+    let started = client.change(&environment, "undo", &body).await?;
+    build::finish(&client, vec![started], &arguments.wait, &arguments.output).await
+}
+
+pub async fn redo(arguments: &RedoArguments) -> anyhow::Result<ExitCode> {
+    let client = arguments.server.client()?;
+    let environment = super::environment(&client, arguments.environment.as_deref()).await?;
+    let started = client.change(&environment, "redo", &json!({})).await?;
+    build::finish(&client, vec![started], &arguments.wait, &arguments.output).await
+}

@@ -1,0 +1,122 @@
+//! `landfall verify`: in the place of `kubectl rollout status`, with the cause where it fails.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use clap::Args;
+
+use super::standalone::{self, ClusterArguments};
+use super::terminal::say;
+use crate::builds::Stage;
+use crate::cluster::Cluster;
+use crate::cluster::observe::Observer;
+use crate::cluster::snapshot::{Kind, Target};
+use crate::config::Docker;
+use crate::pipeline::Verify;
+use crate::release::{AppliedObject, Change};
+use crate::stages::verify::{self, Show};
+use crate::stages::{Applied, StageError};
+
+/// Watch a rollout to its end, in the place of `kubectl rollout status`: says why it fails, as soon as that is known
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  landfall verify deployment/web\n  landfall verify statefulset/db deployment/web -n shop --timeout 2m\n  kubectl apply -f app.yaml && landfall verify deployment/web\n\n\
+    Exit codes: 0 rolled out, 1 failed, 2 usage, 5 the cluster is out of reach, 124 time-out"
+)]
+pub struct Arguments {
+    /// `deployment/NAME`, `statefulset/NAME`, `daemonset/NAME` or `job/NAME`
+    #[arg(value_name = "TYPE/NAME", required = true)]
+    workloads: Vec<String>,
+    /// How long to wait: 90s, 2m, 1h; 0s is without a limit, as for kubectl
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = standalone::duration)]
+    timeout: Duration,
+    /// Look once and say how far it is
+    #[arg(short, long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
+    watch: bool,
+    #[command(flatten)]
+    cluster: ClusterArguments,
+}
+
+pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let environment = arguments.cluster.environment();
+    let cluster = match Cluster::connect(&environment).await {
+        Ok(cluster) => cluster,
+        Err(error) => return Ok(standalone::report(&StageError::Agent(error))),
+    };
+    let mut objects = Vec::new();
+    for workload in &arguments.workloads {
+        objects.push(find(&cluster, workload).await?);
+    }
+    let objects: Vec<AppliedObject> = match objects.into_iter().collect::<Result<_, _>>() {
+        Ok(objects) => objects,
+        Err(error) => return Ok(standalone::report(&StageError::Agent(error))),
+    };
+    let limit = if arguments.watch {
+        arguments.timeout
+    } else {
+        Duration::ZERO
+    };
+    let verify = Verify {
+        timeout_seconds: limit.as_secs(),
+        soak_seconds: 0,
+    };
+    let release = standalone::release(&environment, verify);
+    let applied = Applied {
+        release_id: 0,
+        objects,
+    };
+    let (build, docker) = (standalone::build(0), Docker::default());
+    let rolled_out = standalone::with_log(Stage::Verify, async |log, cancel| {
+        let scope = standalone::scope(&build, &environment, &docker, log, cancel);
+        verify::run(&scope, &release, &applied, None, Show::Cause).await
+    })
+    .await?;
+    match rolled_out {
+        Ok(_) => Ok(ExitCode::SUCCESS),
+        Err(StageError::TimedOut(_)) if !arguments.watch => {
+            say!("not rolled out yet");
+            Ok(ExitCode::from(1))
+        }
+        Err(error) => Ok(standalone::report(&error)),
+    }
+}
+
+/// As it is now. The outer error is the user's, the inner one the cluster's.
+async fn find(cluster: &Cluster, text: &str) -> anyhow::Result<anyhow::Result<AppliedObject>> {
+    let (kind, name) = text
+        .split_once('/')
+        .with_context(|| format!("{text:?} is not like deployment/NAME"))?;
+    let kind = match kind.split('.').next().unwrap_or_default() {
+        "deployment" | "deployments" | "deploy" => Kind::Deployment,
+        "statefulset" | "statefulsets" | "sts" => Kind::StatefulSet,
+        "daemonset" | "daemonsets" | "ds" => Kind::DaemonSet,
+        "job" | "jobs" => Kind::Job,
+        other => {
+            anyhow::bail!("{other:?} has no rollout: deployment, statefulset, daemonset or job")
+        }
+    };
+    let target = Target::named(kind, name);
+    let snapshot = match Observer::new(cluster).snapshot(&target).await {
+        Ok(snapshot) => snapshot,
+        Err(unseen) => return Ok(Err(unseen.error)),
+    };
+    ensure!(
+        snapshot.is_some(),
+        "there is no {} in namespace {}",
+        target.display_name(),
+        cluster.namespace
+    );
+    let workload = snapshot.map(|snapshot| snapshot.workload);
+    let object = workload.map(|workload| AppliedObject {
+        api_version: String::new(),
+        kind: kind.as_manifest().to_owned(),
+        namespace: cluster.namespace.clone(),
+        name: name.to_owned(),
+        uid: workload.uid().to_owned(),
+        generation: workload.generation(),
+        // Whatever has died since somebody last wrote it speaks of this rollout.
+        change: Change::Changed,
+    });
+    Ok(object.context("it has just gone"))
+}

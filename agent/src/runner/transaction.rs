@@ -1,0 +1,498 @@
+//! The release transaction: from the plan on, a release ends proved live, or what served before is back and proved too.
+//!
+//! The line forward: plan → its row → apply → verify → smoke test → live → prune. The line back: the cause → evidence →
+//! the last good set again → what the failed one made is removed → verify → smoke test. What could not be seen is neither:
+//! the build ends as errored, and the environment is settled before anything else.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Ended, Line};
+use crate::builds::{BuildKind, Cause, Outcome, Stage, StageStatus, Status};
+use crate::cluster::evidence;
+use crate::cluster::lease::Held;
+use crate::cluster::snapshot::Target;
+use crate::pipeline::{FirstRelease, Rollback};
+use crate::release::{AppliedObject, Change, Evidence, Release};
+use crate::stages::deploy::{self, Applying, Way};
+use crate::stages::plan::{self, Ground, Plan};
+use crate::stages::smoke_test::Soak;
+use crate::stages::verify::Show;
+use crate::stages::{
+    Applied, Built, CheckedOut, Live, RolledOut, Scope, StageError, StageResult, removal,
+    smoke_test, verify,
+};
+
+/// Rollback's baton.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct PutBack {
+    /// None where what the failed release had made was removed, and nothing was there before.
+    release_id: Option<i64>,
+}
+
+/// Forward.
+impl Line<'_> {
+    /// Plan, then the last moment to stop, then the release's row, then the first mutation.
+    pub(super) async fn deploy(
+        &self,
+        checked_out: &CheckedOut,
+        built: &Built,
+    ) -> StageResult<(Release, Applied)> {
+        let log = self.log.stage(Stage::Deploy);
+        let scope = self.scope(&log);
+        let mut planned = None;
+        let work = async {
+            self.settle(&self.unstopped(&log)).await?;
+            let release = self.plan(&scope, checked_out, built).await?;
+            let applied = self
+                .apply(&self.unstopped(&log), &release, Way::Forward)
+                .await;
+            planned = Some(release);
+            applied
+        };
+        let applied = self.journaled(Stage::Deploy, &scope, work).await?;
+        let release =
+            planned.ok_or_else(|| anyhow::anyhow!("a release was applied without a plan"))?;
+        Ok((release, applied))
+    }
+
+    /// The set of a release that was planned: by an attempt that died, or long ago.
+    pub(super) async fn apply_stored(&self, release: &Release) -> StageResult<Applied> {
+        if let Some(applied) = self.baton(Stage::Deploy).await? {
+            return Ok(applied);
+        }
+        let log = self.log.stage(Stage::Deploy);
+        let begun = self.stage_begun(Stage::Deploy).await?;
+        // A return that has not begun can still be canceled.
+        if !begun && !self.agent.store.begin_deploying(self.build).await? {
+            return Err(StageError::Canceled);
+        }
+        let scope = self.unstopped(&log);
+        let way = if self.build.kind.brings_back() {
+            log.line(format!("Bringing back release {}", describe(release)));
+            Way::Back
+        } else {
+            Way::Forward
+        };
+        self.journaled(Stage::Deploy, &scope, self.apply(&scope, release, way))
+            .await
+    }
+
+    /// Looked at anew after every restart: what was true then may not be true now.
+    pub(super) async fn verify(
+        &self,
+        release: &Release,
+        applied: &Applied,
+    ) -> StageResult<RolledOut> {
+        let log = self.log.stage(Stage::Verify);
+        let scope = self.unstopped(&log);
+        let usual = self.usual_rollout().await?;
+        let work = verify::run(&scope, release, applied, usual, Show::All);
+        self.journaled(Stage::Verify, &scope, work).await
+    }
+
+    pub(super) async fn smoke_test(
+        &self,
+        release: &Release,
+        rolled_out: &RolledOut,
+    ) -> StageResult<Live> {
+        let log = self.log.stage(Stage::SmokeTest);
+        let scope = self.unstopped(&log);
+        let work = smoke_test::run(&scope, release, rolled_out, Soak::AsPlanned);
+        self.journaled(Stage::SmokeTest, &scope, work).await
+    }
+
+    /// The release serves by our word; then what it no longer has is taken away.
+    pub(super) async fn settle_live(
+        &self,
+        release: &Release,
+        rolled_out: &RolledOut,
+    ) -> StageResult<()> {
+        let store = &self.agent.store;
+        store
+            .release_is_live(self.build, release, &rolled_out.revisions)
+            .await?;
+        let log = self.log.stage(Stage::SmokeTest);
+        if let Err(error) = self.prune(&self.unstopped(&log), release).await {
+            // The next release tries again: what is left over does no harm.
+            log.line(format!(
+                "Not everything that the manifests no longer hold was removed: {error}"
+            ));
+        }
+        Ok(())
+    }
+
+    async fn plan(
+        &self,
+        scope: &Scope<'_>,
+        checked_out: &CheckedOut,
+        built: &Built,
+    ) -> StageResult<Release> {
+        let store = &self.agent.store;
+        let environment = &self.build.environment;
+        let created = store.created(environment).await?;
+        let ground = Ground {
+            serving: self.serving().await?,
+            created: created.into_iter().map(|(_, object)| object).collect(),
+        };
+        let Plan { release, found } = plan::run(scope, checked_out, built, &ground).await?;
+        if !store.begin_deploying(self.build).await? {
+            return Err(StageError::Canceled);
+        }
+        if let Some(found) = found {
+            store.adopt(self.build, &found).await?;
+        }
+        let id = store.plan_release(self.build, &release).await?;
+        Ok(Release { id, ..release })
+    }
+
+    async fn apply(&self, scope: &Scope<'_>, release: &Release, way: Way) -> StageResult<Applied> {
+        let held = self.hold(scope, Some(release)).await?;
+        self.apply_held(scope, &held, release, way).await
+    }
+
+    async fn hold(&self, scope: &Scope<'_>, release: Option<&Release>) -> StageResult<Held> {
+        let held = deploy::hold(scope, release).await?;
+        // Who slept between the store's word and the cluster's lease is told here, before it writes.
+        self.agent.store.ensure_held(self.build).await?;
+        Ok(held)
+    }
+
+    async fn apply_held(
+        &self,
+        scope: &Scope<'_>,
+        held: &Held,
+        release: &Release,
+        way: Way,
+    ) -> StageResult<Applied> {
+        let mut applying = Applying::begin(scope, held, release, way).await?;
+        let mut objects = Vec::new();
+        while let Some((ordinal, object)) = applying.next().await? {
+            self.agent
+                .store
+                .record_applied(self.build, release.id, ordinal, &object)
+                .await?;
+            objects.push(object);
+        }
+        Ok(Applied {
+            release_id: release.id,
+            objects,
+        })
+    }
+
+    async fn prune(&self, scope: &Scope<'_>, release: &Release) -> anyhow::Result<()> {
+        if release.prune.is_empty() || self.build.kind.brings_back() {
+            return Ok(());
+        }
+        let pruned = async {
+            let held = self.hold(scope, Some(release)).await?;
+            removal::run(scope, &held, &release.prune).await
+        };
+        for uid in pruned.await.map_err(StageError::into_error)? {
+            self.agent.store.record_removed(&uid).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Back.
+impl Line<'_> {
+    /// What becomes of a build that cannot go on. None: the agent stops in the middle of a rollback, and the next one
+    /// finishes it.
+    pub(super) async fn failed(&self, error: StageError) -> Option<Ended> {
+        let (status, cause) = match error {
+            StageError::Failed(cause)
+                if cause.id == "commit_gone" && self.build.kind == BuildKind::Push =>
+            {
+                (Status::Skipped, cause)
+            }
+            StageError::Failed(cause) | StageError::TimedOut(cause) => (Status::Failed, cause),
+            StageError::Canceled => (
+                Status::Canceled,
+                Cause::new("canceled", "somebody canceled it"),
+            ),
+            StageError::Agent(error) => {
+                let error = format!("{error:#}");
+                tracing::warn!(build = self.build.id, error, "build errored");
+                (Status::Errored, Cause::new("agent", error))
+            }
+        };
+        match self.aftermath(status, cause.clone()).await {
+            Ok(ended) => ended,
+            Err(error) => {
+                tracing::error!(
+                    build = self.build.id,
+                    error = format!("{error:#}"),
+                    "cannot tell what a failed build left"
+                );
+                Some(Ended {
+                    status,
+                    outcome: Outcome::Unknown,
+                    cause: Some(cause),
+                })
+            }
+        }
+    }
+
+    async fn aftermath(&self, status: Status, cause: Cause) -> anyhow::Result<Option<Ended>> {
+        let store = &self.agent.store;
+        let ended = |outcome, cause| {
+            Some(Ended {
+                status,
+                outcome,
+                cause: Some(cause),
+            })
+        };
+        let Some(release) = self.planned().await? else {
+            return Ok(ended(Outcome::Unchanged, cause));
+        };
+        let touched: Vec<AppliedObject> = store.applied(release.id).await?;
+        if status == Status::Errored {
+            // Blind is not failed: what stands is found out before the next release.
+            let begun = self.stage_begun(Stage::Deploy).await?;
+            if begun {
+                store.set_unsettled(&self.build.environment, true).await?;
+            }
+            let outcome = if begun {
+                Outcome::Unknown
+            } else {
+                Outcome::Unchanged
+            };
+            return Ok(ended(outcome, cause));
+        }
+        store
+            .release_failed(self.build, &release, &cause.sentence)
+            .await?;
+        if touched
+            .iter()
+            .all(|object| object.change == Change::Unchanged)
+        {
+            return Ok(ended(Outcome::Unchanged, cause));
+        }
+        if release.rollback == Rollback::Never {
+            let cause = with_hint(cause, deploy::undo_hint(&release.namespace, &touched));
+            return Ok(ended(Outcome::LeftFailed, cause));
+        }
+        store.set_cause(self.build, &cause).await?;
+        self.roll_back(&release, &touched, status, cause).await
+    }
+
+    async fn roll_back(
+        &self,
+        failed: &Release,
+        touched: &[AppliedObject],
+        status: Status,
+        cause: Cause,
+    ) -> anyhow::Result<Option<Ended>> {
+        let store = &self.agent.store;
+        let log = self.log.stage(Stage::Rollback);
+        let scope = self.unstopped(&log);
+        let goal = match self.serving().await? {
+            Some(release) if release.id != failed.id => Some(release),
+            Some(_) => None,
+            None => store.adopted(&self.build.environment).await?,
+        };
+        let ended = |outcome, cause| {
+            Some(Ended {
+                status,
+                outcome,
+                cause: Some(cause),
+            })
+        };
+        let by_hand = deploy::undo_hint(&failed.namespace, touched);
+        let is_first = self.serving().await?.is_none();
+        let stays = !is_first || failed.first_release == FirstRelease::Leave;
+        if goal.is_none() && stays {
+            self.keep_evidence(&scope, failed, touched).await;
+            return Ok(ended(Outcome::LeftFailed, with_hint(cause, by_hand)));
+        }
+        log.line(format!("Cause: {}", cause.sentence));
+        let work = async {
+            self.keep_evidence(&scope, failed, touched).await;
+            self.put_back(&scope, touched, goal.as_ref()).await
+        };
+        match self.journaled(Stage::Rollback, &scope, work).await {
+            Ok(PutBack {
+                release_id: Some(id),
+            }) => {
+                store.set_restored(self.build, id).await?;
+                store.set_unsettled(&self.build.environment, false).await?;
+                let back = format!("release {id} is back and verified");
+                Ok(ended(Outcome::RolledBack, with_hint(cause, Some(back))))
+            }
+            Ok(PutBack { release_id: None }) => {
+                let removed = "nothing was there before: what it had made is removed".to_owned();
+                Ok(ended(Outcome::Removed, with_hint(cause, Some(removed))))
+            }
+            Err(StageError::Canceled) => Ok(None),
+            Err(error) => {
+                let why = error.sentence();
+                log.line(format!("The rollback failed: {why}"));
+                store.set_unsettled(&self.build.environment, true).await?;
+                let hint = match by_hand {
+                    Some(commands) => format!("the rollback failed ({why}); by hand: {commands}"),
+                    None => format!("the rollback failed ({why})"),
+                };
+                Ok(ended(Outcome::RollbackFailed, with_hint(cause, Some(hint))))
+            }
+        }
+    }
+
+    /// The goal's whole set again, without what the failed release had made, verified and smoke-tested.
+    async fn put_back(
+        &self,
+        scope: &Scope<'_>,
+        failed: &[AppliedObject],
+        goal: Option<&Release>,
+    ) -> StageResult<PutBack> {
+        let held = self.hold(scope, goal).await?;
+        let left_over = removal::left_over(failed, goal);
+        let Some(goal) = goal else {
+            scope.log.line("Removing what the failed release had made");
+            self.remove(scope, &held, &left_over).await?;
+            return Ok(PutBack { release_id: None });
+        };
+        scope
+            .log
+            .line(format!("Putting back release {}", describe(goal)));
+        let applied = self.apply_held(scope, &held, goal, Way::Back).await?;
+        let targets = Target::applied(goal, &applied.objects);
+        removal::free_stuck_pods(scope, &held, &targets).await;
+        self.remove(scope, &held, &left_over).await?;
+        let usual = self.usual_rollout().await?;
+        let rolled_out = verify::run(scope, goal, &applied, usual, Show::All).await?;
+        smoke_test::run(scope, goal, &rolled_out, Soak::Not).await?;
+        scope
+            .log
+            .line(format!("Release {} is back and verified", goal.id));
+        Ok(PutBack {
+            release_id: Some(goal.id),
+        })
+    }
+
+    async fn remove(
+        &self,
+        scope: &Scope<'_>,
+        held: &Held,
+        objects: &[AppliedObject],
+    ) -> StageResult<()> {
+        for uid in removal::run(scope, held, objects).await? {
+            self.agent.store.record_removed(&uid).await?;
+        }
+        Ok(())
+    }
+
+    /// What an earlier build left in an unknown state is put right before anything new: the last good release again.
+    async fn settle(&self, scope: &Scope<'_>) -> StageResult<()> {
+        let store = &self.agent.store;
+        let environment = &self.build.environment;
+        if !store.is_unsettled(environment).await? {
+            return Ok(());
+        }
+        let Some(goal) = self.serving().await? else {
+            return Ok(());
+        };
+        scope.log.line(format!(
+            "An earlier build lost sight of the cluster or could not be put back: release {} is applied again first",
+            goal.id
+        ));
+        let held = self.hold(scope, Some(&goal)).await?;
+        self.apply_held(scope, &held, &goal, Way::Back).await?;
+        // What stands there beside it was created by releases after it, none of which is live.
+        let created = store.created(environment).await?;
+        let later: Vec<AppliedObject> = created
+            .into_iter()
+            .filter(|(release, _)| *release > goal.id)
+            .map(|(_, object)| object)
+            .collect();
+        self.remove(scope, &held, &removal::left_over(&later, Some(&goal)))
+            .await?;
+        store.set_unsettled(environment, false).await?;
+        Ok(())
+    }
+
+    async fn keep_evidence(&self, scope: &Scope<'_>, failed: &Release, touched: &[AppliedObject]) {
+        let kept = async {
+            let cluster = crate::cluster::Cluster::connect(self.environment).await?;
+            let evidence = evidence::collect(&cluster, &Target::applied(failed, touched)).await;
+            let masked = |text: &str| scope.log.masked(text);
+            let evidence: Vec<Evidence> = evidence
+                .iter()
+                .map(|one| Evidence {
+                    title: masked(&one.title),
+                    body: masked(&one.body),
+                })
+                .collect();
+            self.agent
+                .store
+                .keep_evidence(self.build, &evidence)
+                .await?;
+            anyhow::Ok(evidence.len())
+        };
+        match kept.await {
+            Ok(count) => scope
+                .log
+                .line(format!("Kept as evidence: {count} objects and logs")),
+            Err(error) => {
+                tracing::warn!(
+                    build = self.build.id,
+                    error = format!("{error:#}"),
+                    "cannot keep evidence"
+                );
+                scope
+                    .log
+                    .line("The evidence cannot be kept; the log of this build has what was seen.");
+            }
+        }
+    }
+
+    /// The cause of a rollback that an earlier attempt began.
+    pub(super) async fn interrupted_rollback(&self) -> anyhow::Result<Option<Cause>> {
+        let stages = self.agent.store.stages(self.build.id).await?;
+        let begun = stages
+            .iter()
+            .any(|row| row.stage == Stage::Rollback && row.status == StageStatus::Running);
+        Ok(self.build.cause.clone().filter(|_| begun))
+    }
+
+    async fn stage_begun(&self, stage: Stage) -> anyhow::Result<bool> {
+        let stages = self.agent.store.stages(self.build.id).await?;
+        Ok(stages.iter().any(|row| row.stage == stage))
+    }
+
+    /// The release that serves by our own word.
+    async fn serving(&self) -> anyhow::Result<Option<Release>> {
+        match self.agent.store.deployed(&self.build.environment).await?.1 {
+            Some(id) => self.stored_release(id).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    async fn usual_rollout(&self) -> anyhow::Result<Option<std::time::Duration>> {
+        let millis = self
+            .agent
+            .store
+            .usual_rollout(&self.build.environment)
+            .await?;
+        Ok(millis
+            .and_then(|millis| u64::try_from(millis).ok())
+            .map(std::time::Duration::from_millis))
+    }
+}
+
+fn with_hint(cause: Cause, more: Option<String>) -> Cause {
+    let hint = match (&cause.hint, more) {
+        (Some(own), Some(more)) => Some(format!("{own}; {more}")),
+        (own, more) => more.or_else(|| own.clone()),
+    };
+    Cause { hint, ..cause }
+}
+
+fn describe(release: &Release) -> String {
+    match crate::builds::short(&release.commit) {
+        "" => format!("{} (what stood here before Landfall)", release.id),
+        commit => format!(
+            "{} (commit {commit}, build #{})",
+            release.id, release.build_id
+        ),
+    }
+}

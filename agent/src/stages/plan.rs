@@ -1,0 +1,359 @@
+//! Plan: what a release would change, known before anything does.
+//!
+//! Reads the manifests, renders them, asks policy, sees whether they lead to each other, and asks the cluster by a dry run
+//! of everything. It changes nothing; what it answers is stored with the release, and shown.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use anyhow::Context;
+use k8s_openapi::api::core::v1::{Pod, Service};
+use kube::api::ListParams;
+use serde_json::Value;
+
+use super::deploy::{change, namespace_is_there, rules};
+use super::{Built, CheckedOut, Scope, StageError, StageResult, foreign_images, limited, removal};
+use crate::builds::Cause;
+use crate::cluster::apply::{self, Done, Rules};
+use crate::cluster::{Cluster, Trouble, diff, observe, policy, wiring};
+use crate::manifests::render::{self, Target, template_hash};
+use crate::manifests::{self, Manifest, api_version, display_name, files, kind, name, text};
+use crate::pipeline::Pipeline;
+use crate::release::{AppliedObject, Change, Planned, Release};
+
+/// Of a dry run of 500 objects on a slow server.
+const LIMIT: Duration = Duration::from_secs(600);
+
+/// What the store knows of an environment.
+#[derive(Debug, Default)]
+pub struct Ground {
+    /// The release that serves.
+    pub serving: Option<Release>,
+    /// What releases of this environment created, and nobody has removed.
+    pub created: Vec<AppliedObject>,
+}
+
+/// What a release would come to.
+#[derive(Debug)]
+pub struct Plan {
+    /// Its `id` is 0: it is the runner's to store.
+    pub release: Release,
+    /// What stands there already, as a release that can be put back; only for an environment's first.
+    pub found: Option<Release>,
+}
+
+/// Everything that can be known before the first mutation.
+pub async fn run(
+    scope: &Scope<'_>,
+    checked_out: &CheckedOut,
+    built: &Built,
+    ground: &Ground,
+) -> StageResult<Plan> {
+    let manifests = read(scope, checked_out).await?;
+    let repositories = repositories(&checked_out.pipeline, built);
+    let foreign = render::foreign_images(&repositories, &manifests);
+    let kept = ground.serving.as_ref().map(|release| &release.pinned);
+    let pinned = foreign_images::pin(scope, foreign, kept).await?;
+    let target = Target {
+        namespace: &scope.environment.namespace,
+        repositories: &repositories,
+        image: &built.reference(),
+        pinned: &pinned,
+        build_id: scope.build.id,
+        commit: &checked_out.commit,
+        title: &checked_out.title,
+    };
+    let rendered = render::render(&target, &manifests).map_err(StageError::Failed)?;
+    let cluster = Cluster::connect(scope.environment).await?;
+    let pipeline = &checked_out.pipeline;
+    let mut release = Release {
+        id: 0,
+        environment: scope.environment.name.clone(),
+        build_id: scope.build.id,
+        commit: checked_out.commit.clone(),
+        image: built.reference(),
+        namespace: scope.environment.namespace.clone(),
+        objects: rendered.objects,
+        plan: Vec::new(),
+        prune: Vec::new(),
+        pinned,
+        smoke_tests: pipeline.smoke_test.clone(),
+        verify: pipeline.verify.clone(),
+        rollback: pipeline.rollback,
+        first_release: pipeline.first_release,
+        set_hash: rendered.set_hash,
+    };
+    let found = review(scope, &cluster, &mut release, &ground.created).await?;
+    Ok(Plan {
+        release,
+        found: found.filter(|_| ground.serving.is_none()),
+    })
+}
+
+/// What a rendered release would change and remove, by the cluster's word. With it comes what it finds there, as a release.
+pub async fn review(
+    scope: &Scope<'_>,
+    cluster: &Cluster,
+    release: &mut Release,
+    created: &[AppliedObject],
+) -> StageResult<Option<Release>> {
+    let objects = &release.objects;
+    let (plan, live) = limited(scope, "the plan", LIMIT, dry_run(scope, cluster, objects)).await?;
+    let prune = prune(scope, objects, created);
+    release.plan = plan;
+    let removed = prune.iter().map(|object| Planned {
+        object: object.display_name(),
+        change: Change::Removed,
+        lines: Vec::new(),
+        notes: Vec::new(),
+    });
+    release.plan.extend(removed);
+    release.prune = prune;
+    Ok(found(release, live))
+}
+
+/// What is to be removed once the release is live; too much of it is left, and said.
+fn prune(scope: &Scope<'_>, objects: &[Value], created: &[AppliedObject]) -> Vec<AppliedObject> {
+    let prunable = removal::prunable(created, objects);
+    if !scope.environment.prune_many && removal::is_too_much(prunable.len(), created.len()) {
+        scope.log.line(format!(
+            "{} of {} objects of earlier releases are in the manifests no more: so many are not removed, unless the operator sets `prune_many: true` in agent.yaml",
+            prunable.len(),
+            created.len()
+        ));
+        return Vec::new();
+    }
+    for object in &prunable {
+        let name = object.display_name();
+        scope.log.line(format!(
+            "{name} will be removed once the release is live: the manifests hold it no more"
+        ));
+    }
+    prunable
+}
+
+/// What people or another tool had put there before the first release: release 0.
+fn found(release: &Release, live: Vec<Value>) -> Option<Release> {
+    (!live.is_empty()).then(|| Release {
+        commit: String::new(),
+        image: String::new(),
+        objects: live.into_iter().map(render::as_found).collect(),
+        plan: Vec::new(),
+        pinned: std::collections::BTreeMap::new(),
+        smoke_tests: Vec::new(),
+        set_hash: String::new(),
+        ..release.clone()
+    })
+}
+
+/// The manifests of the commit, each of them allowed.
+async fn read(scope: &Scope<'_>, checked_out: &CheckedOut) -> StageResult<Vec<Manifest>> {
+    let (tree, paths) = (
+        checked_out.tree.clone(),
+        checked_out.pipeline.deploy.manifests.clone(),
+    );
+    let texts = tokio::task::spawn_blocking(move || files::read(&tree, &paths))
+        .await
+        .context("cannot read the manifests")?
+        .map_err(|problem| StageError::failed("manifest_invalid", problem))?;
+    let manifests = manifests::read(&texts).map_err(|diagnostic| {
+        let shown = diagnostic.to_string();
+        scope.log.line(&shown);
+        let sentence = shown.lines().next().unwrap_or_default().to_owned();
+        StageError::Failed(Cause::new("manifest_invalid", sentence).object(diagnostic.path))
+    })?;
+    policy::check(scope.environment, &manifests).map_err(StageError::Failed)?;
+    scope.log.line(format!(
+        "{} objects from {} files",
+        manifests.len(),
+        texts.len()
+    ));
+    Ok(manifests)
+}
+
+fn repositories(pipeline: &Pipeline, built: &Built) -> Vec<String> {
+    let own = [pipeline.image.name.clone(), built.repository.clone()];
+    own.into_iter()
+        .chain(pipeline.image.replaces.iter().cloned())
+        .collect()
+}
+
+/// The whole set against the cluster, changing nothing; every refusal is logged, the first one is the cause. With it comes
+/// what is live of the set.
+async fn dry_run(
+    scope: &Scope<'_>,
+    cluster: &Cluster,
+    objects: &[Value],
+) -> StageResult<(Vec<Planned>, Vec<Value>)> {
+    if !namespace_is_there(scope, cluster).await? {
+        let namespace = &cluster.namespace;
+        scope.log.line(format!(
+            "namespace/{namespace} will be created; what goes into it cannot be checked before"
+        ));
+        let planned = objects.iter().map(|object| Planned {
+            object: display_name(object),
+            change: Change::Created,
+            lines: Vec::new(),
+            notes: vec!["not checked before".to_owned()],
+        });
+        return Ok((planned.collect(), Vec::new()));
+    }
+    let rules = rules(scope, cluster, objects).await?;
+    let mut unsettled = BTreeSet::new();
+    let (mut planned, mut found) = (Vec::new(), Vec::new());
+    let mut refused = leads_nowhere(scope, cluster, objects).await?;
+    for cause in &refused {
+        scope.log.line(format!("refused: {}", cause.sentence));
+    }
+    for object in objects {
+        match plan_one(scope, cluster, &rules, object, &mut unsettled).await {
+            Ok((one, live)) => {
+                log_plan(scope, &one);
+                planned.push(one);
+                found.extend(live);
+            }
+            Err(Trouble::Refused(cause)) => {
+                scope.log.line(format!("refused: {}", cause.sentence));
+                refused.push(cause);
+            }
+            Err(Trouble::Agent(error)) => return Err(StageError::Agent(error)),
+        }
+    }
+    let more = refused.len().saturating_sub(1);
+    match refused.into_iter().next() {
+        None => Ok((planned, found)),
+        Some(mut first) => {
+            if more > 0 {
+                first.sentence = format!("{} (and {more} more, in the log)", first.sentence);
+            }
+            Err(StageError::Failed(first))
+        }
+    }
+}
+
+async fn plan_one(
+    scope: &Scope<'_>,
+    cluster: &Cluster,
+    rules: &Rules<'_>,
+    object: &Value,
+    unsettled: &mut BTreeSet<(String, String)>,
+) -> Result<(Planned, Option<Value>), Trouble> {
+    let mut planned = Planned {
+        object: display_name(object),
+        change: Change::Unchanged,
+        lines: Vec::new(),
+        notes: Vec::new(),
+    };
+    let group = api_version(object)
+        .split_once('/')
+        .map_or("", |(group, _)| group);
+    if unsettled.contains(&(group.to_owned(), kind(object).to_owned())) {
+        planned.change = Change::Changed;
+        let note = "not checked: its CustomResourceDefinition is part of this release";
+        planned.notes.push(note.to_owned());
+        return Ok((planned, None));
+    }
+    if kind(object) == "Namespace" {
+        planned.notes = super::deploy::namespace_differences(cluster, object).await?;
+        return Ok((planned, None));
+    }
+    let done = apply::apply(cluster, rules, object, true).await?;
+    if let ("ServiceAccount", Some(live)) = (kind(object), &done.before) {
+        policy::check_live_account(scope.environment, name(object), live)
+            .map_err(Trouble::Refused)?;
+    }
+    planned.change = change(&done);
+    if planned.change == Change::Changed {
+        let before = done.before.iter();
+        planned.lines = before
+            .flat_map(|before| diff::lines(before, &done.after))
+            .collect();
+    }
+    if kind(object) == "CustomResourceDefinition" && planned.change != Change::Unchanged {
+        let kind = (
+            text(object, "/spec/group").to_owned(),
+            text(object, "/spec/names/kind").to_owned(),
+        );
+        unsettled.insert(kind);
+    }
+    let Done { before, notes, .. } = done;
+    planned.notes.extend(notes);
+    let rolls = before
+        .as_ref()
+        .is_none_or(|live| template_hash(live) != template_hash(object));
+    if rolls {
+        planned
+            .notes
+            .extend(apply::dry_run_pod(cluster, object, before.as_ref()).await?);
+    }
+    Ok((planned, before))
+}
+
+fn log_plan(scope: &Scope<'_>, planned: &Planned) {
+    let Planned {
+        object,
+        change,
+        lines,
+        notes,
+    } = planned;
+    let becomes = match change {
+        Change::Created => "will be created",
+        Change::Unchanged => "is unchanged",
+        Change::Changed => "will be changed",
+        Change::Removed => "will be removed",
+    };
+    scope.log.line(format!("{object} {becomes}"));
+    for line in lines.iter().chain(notes) {
+        scope.log.line(format!("  {line}"));
+    }
+}
+
+/// What would be rolled out and never be reached.
+async fn leads_nowhere(
+    scope: &Scope<'_>,
+    cluster: &Cluster,
+    objects: &[Value],
+) -> StageResult<Vec<Cause>> {
+    let mut causes = wiring::unknown_ports(objects);
+    for unmatched in wiring::unmatched_services(objects) {
+        let by_selector = ListParams::default().labels(&unmatched.selector).limit(1);
+        let pods = seen(scope, || async {
+            observe::ask("list pods", cluster.api::<Pod>().list(&by_selector)).await
+        });
+        if pods.await?.items.is_empty() {
+            causes.push(wiring::selects_nothing(&unmatched));
+        }
+    }
+    let (outside, missing) = wiring::backends(objects);
+    causes.extend(missing);
+    for backend in outside {
+        let service = seen(scope, || async {
+            observe::ask(
+                "read a service",
+                cluster.api::<Service>().get_opt(&backend.service),
+            )
+            .await
+        });
+        if service.await?.is_none() {
+            causes.push(wiring::backend_missing(&backend));
+        }
+    }
+    Ok(causes)
+}
+
+/// Asks until the cluster is seen, for as long as it may be away.
+async fn seen<T, F>(scope: &Scope<'_>, look: impl Fn() -> F) -> StageResult<T>
+where
+    F: Future<Output = Result<T, observe::Unseen>>,
+{
+    let mut sight = observe::Sight::new(Duration::from_secs(
+        scope.environment.limits.unreachable_seconds,
+    ));
+    loop {
+        match look().await {
+            Ok(seen) => return Ok(seen),
+            Err(unseen) => drop(sight.unseen(unseen)?),
+        }
+        tokio::time::sleep(observe::BLIND_RETRY).await;
+    }
+}

@@ -1,0 +1,207 @@
+//! Taking away: what a failed release made, and what a live one no longer has.
+//!
+//! Only what a release of this environment created, by the UID that it had then, and while it carries a fence of ours.
+//! Claims of volumes and namespaces are never removed: what is in them cannot be put back.
+
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::{DeleteParams, Preconditions};
+use serde_json::Value;
+use tokio::time::Instant;
+
+use super::{Scope, StageResult};
+use crate::cluster::apply::{self, Removal};
+use crate::cluster::lease::Held;
+use crate::cluster::observe::{BLIND_RETRY, Observer, ask};
+use crate::cluster::snapshot::{Kind, Target, Workload, is_ready, is_terminating, name, uid};
+use crate::release::{AppliedObject, Change, Release};
+
+/// More than this many objects, or than half of all, are not pruned without the operator's word.
+const PRUNED_MAX: usize = 20;
+const KEPT: [&str; 3] = [
+    "PersistentVolumeClaim",
+    "Namespace",
+    "CustomResourceDefinition",
+];
+/// How long a StatefulSet may take to see that its template is another one.
+const TAKEN_UP_LIMIT: Duration = Duration::from_secs(10);
+const POLL: Duration = Duration::from_millis(200);
+
+/// What earlier releases created and this set does not hold.
+pub fn prunable(created: &[AppliedObject], objects: &[Value]) -> Vec<AppliedObject> {
+    let mut prunable: Vec<AppliedObject> = Vec::new();
+    for object in created {
+        let is_wanted = objects.iter().any(|wanted| object.is_named_by(wanted));
+        let is_known = prunable.iter().any(|known| known.uid == object.uid);
+        if !is_wanted && !is_known && !KEPT.contains(&object.kind.as_str()) {
+            prunable.push(object.clone());
+        }
+    }
+    prunable
+}
+
+pub fn is_too_much(pruned: usize, of: usize) -> bool {
+    pruned > PRUNED_MAX || (pruned > 1 && pruned * 2 > of)
+}
+
+/// What a failed release created and the one that is put back does not hold, the last made first.
+pub fn left_over(failed: &[AppliedObject], back_to: Option<&Release>) -> Vec<AppliedObject> {
+    let goal = back_to.map_or(&[][..], |release| &release.objects);
+    let created = failed
+        .iter()
+        .filter(|object| object.change == Change::Created);
+    created
+        .filter(|object| !goal.iter().any(|wanted| object.is_named_by(wanted)))
+        .filter(|object| !KEPT.contains(&object.kind.as_str()))
+        .rev()
+        .cloned()
+        .collect()
+}
+
+/// Removes these objects; answers the UIDs that are there no more.
+pub async fn run(
+    scope: &Scope<'_>,
+    held: &Held,
+    objects: &[AppliedObject],
+) -> StageResult<Vec<String>> {
+    let mut gone = Vec::new();
+    for object in objects {
+        let shown = object.display_name();
+        match apply::remove(held, object).await? {
+            Removal::Removed => scope.log.line(format!("{shown} removed")),
+            Removal::Gone => scope.log.line(format!("{shown} is gone already")),
+            Removal::Another => {
+                scope
+                    .log
+                    .line(format!("{shown} was made anew by another since: it stays"));
+            }
+        }
+        gone.push(object.uid.clone());
+    }
+    Ok(gone)
+}
+
+/// Pods of a StatefulSet that rolled out badly: in order, the next is made only when they are well, which they never are.
+pub async fn free_stuck_pods(scope: &Scope<'_>, held: &Held, targets: &[Target]) {
+    let mut observer = Observer::new(&held.cluster);
+    let pods = held.cluster.api::<Pod>();
+    for target in targets
+        .iter()
+        .filter(|target| target.kind == Kind::StatefulSet)
+    {
+        let begun = Instant::now();
+        let snapshot = loop {
+            match observer.snapshot(target).await {
+                Ok(Some(snapshot)) if is_taken_up(&snapshot.workload) => break Some(snapshot),
+                _ if begun.elapsed() >= TAKEN_UP_LIMIT => break None,
+                Ok(_) => tokio::time::sleep(POLL).await,
+                Err(_) => tokio::time::sleep(BLIND_RETRY).await,
+            }
+        };
+        let Some(snapshot) = snapshot else { continue };
+        let (serving, _) = snapshot.old_pods();
+        for pod in serving
+            .into_iter()
+            .filter(|pod| !is_ready(pod) && !is_terminating(pod))
+        {
+            let parameters = DeleteParams {
+                preconditions: Some(Preconditions {
+                    uid: Some(uid(pod).to_owned()),
+                    resource_version: None,
+                }),
+                ..DeleteParams::default()
+            };
+            let freed = ask("free a pod", pods.delete(name(pod), &parameters)).await;
+            scope.log.line(match freed {
+                Ok(_) => format!(
+                    "pod/{} of the failed release removed, so that its StatefulSet goes on",
+                    name(pod)
+                ),
+                Err(unseen) => format!(
+                    "pod/{} of the failed release cannot be removed: {:#}",
+                    name(pod),
+                    unseen.error
+                ),
+            });
+        }
+    }
+}
+
+fn is_taken_up(workload: &Workload) -> bool {
+    let Workload::StatefulSet(set) = workload else {
+        return true;
+    };
+    let observed = set
+        .status
+        .as_ref()
+        .and_then(|status| status.observed_generation);
+    observed.unwrap_or_default() >= workload.generation()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn object(kind: &str, name: &str, change: Change) -> AppliedObject {
+        AppliedObject {
+            api_version: if kind == "Deployment" {
+                "apps/v1"
+            } else {
+                "v1"
+            }
+            .to_owned(),
+            kind: kind.to_owned(),
+            namespace: "demo".to_owned(),
+            name: name.to_owned(),
+            uid: format!("uid-of-{name}"),
+            generation: 0,
+            change,
+        }
+    }
+
+    fn names(objects: &[AppliedObject]) -> Vec<&str> {
+        objects.iter().map(|object| object.name.as_str()).collect()
+    }
+
+    #[test]
+    fn only_what_is_wanted_no_more_is_pruned_and_never_data() {
+        let created = [
+            object("ConfigMap", "old", Change::Created),
+            object("ConfigMap", "old", Change::Created),
+            object("PersistentVolumeClaim", "data", Change::Created),
+            object("Deployment", "web", Change::Created),
+        ];
+        let set = [
+            json!({"apiVersion": "apps/v1beta1", "kind": "Deployment", "metadata": {"name": "web"}}),
+        ];
+        assert_eq!(names(&prunable(&created, &set)), ["old"]);
+    }
+
+    #[test]
+    fn more_than_half_or_twenty_needs_a_word() {
+        assert!(!is_too_much(1, 1) && !is_too_much(2, 4) && is_too_much(3, 5));
+        assert!(!is_too_much(20, 40) && is_too_much(21, 100));
+    }
+
+    #[test]
+    fn a_rollback_removes_what_the_failed_release_created_in_the_other_order() {
+        let failed = [
+            object("ConfigMap", "new", Change::Created),
+            object("ConfigMap", "kept", Change::Created),
+            object("Service", "changed", Change::Changed),
+            object("Deployment", "worker", Change::Created),
+        ];
+        let set_hash = String::new();
+        let goal: Release = serde_json::from_value(json!({
+            "environment": "e", "build_id": 1, "commit": "", "image": "", "namespace": "demo", "set_hash": set_hash,
+            "objects": [{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "kept"}}],
+            "smoke_tests": [], "verify": {}, "rollback": "automatic", "first_release": "leave",
+        }))
+        .unwrap();
+        assert_eq!(names(&left_over(&failed, Some(&goal))), ["worker", "new"]);
+        assert_eq!(names(&left_over(&failed, None)), ["worker", "kept", "new"]);
+    }
+}

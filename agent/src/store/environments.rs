@@ -1,0 +1,183 @@
+//! Environments: what serves, what holds them, and the releases that served there.
+
+use serde::Serialize;
+use sqlx::FromRow;
+
+use super::dialect::on;
+use super::{NewBuild, Store};
+use crate::builds::{BuildKind, Millis, Push, now};
+
+/// What holds an environment at its release.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Pin {
+    pub reason: String,
+    pub by: String,
+    pub at: Millis,
+}
+
+/// One time that a release served, or one that failed to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, FromRow)]
+pub struct Serving {
+    pub release: i64,
+    /// The build that brought it.
+    pub build: i64,
+    pub commit: String,
+    pub title: String,
+    pub image: String,
+    /// `live`, `failed`, or `adopted`: what stood there before the first release.
+    pub state: String,
+    pub kind: String,
+    pub by: String,
+    /// JSON: workload and revision, as `kubectl rollout history` counts.
+    #[serde(serialize_with = "as_json")]
+    pub revisions: String,
+    pub began_at: Millis,
+    /// None where it serves now.
+    pub ended_at: Option<Millis>,
+    pub ended_why: Option<String>,
+}
+
+fn as_json<S: serde::Serializer>(text: &str, serializer: S) -> Result<S::Ok, S::Error> {
+    let value: serde_json::Value = serde_json::from_str(text).unwrap_or_default();
+    value.serialize(serializer)
+}
+
+impl Store {
+    pub async fn pinned(&self, environment: &str) -> anyhow::Result<Option<Pin>> {
+        type Row = (Option<String>, Option<String>, Option<i64>);
+        let row: Option<Row> = on!(&self.main, pool => sqlx::query_as("SELECT pinned_reason, pinned_by, pinned_at FROM environments WHERE name = $1")
+            .bind(environment).fetch_optional(pool).await?);
+        Ok(row.and_then(|(reason, by, at)| {
+            Some(Pin {
+                reason: reason.unwrap_or_default(),
+                by: by.unwrap_or_default(),
+                at: at?,
+            })
+        }))
+    }
+
+    /// Holds an environment at its release; a pin that is there gets the new reason.
+    pub async fn pin(&self, environment: &str, reason: &str, by: &str) -> anyhow::Result<()> {
+        let at = now();
+        on!(&self.main, pool, BEGIN, _lock => {
+            let mut tx = pool.begin_with(BEGIN).await?;
+            pin!(tx, environment, reason, by, at);
+            audit!(tx, at, by, "pin", environment, None::<i64>, reason);
+            tx.commit().await?;
+        });
+        self.notify();
+        Ok(())
+    }
+
+    /// Lets an environment go; false where nothing held it.
+    pub async fn unpin(&self, environment: &str, by: &str) -> anyhow::Result<bool> {
+        let at = now();
+        let held = on!(&self.main, pool, BEGIN, _lock => {
+            let mut tx = pool.begin_with(BEGIN).await?;
+            let held = sqlx::query("UPDATE environments SET pinned_reason = NULL, pinned_by = NULL, pinned_at = NULL WHERE name = $1 AND pinned_at IS NOT NULL")
+                .bind(environment).execute(&mut *tx).await?.rows_affected();
+            if held == 1 {
+                audit!(tx, at, by, "unpin", environment, None::<i64>, "");
+            }
+            tx.commit().await?;
+            held == 1
+        });
+        self.notify();
+        Ok(held)
+    }
+
+    /// Whether it is not known what stands in an environment, so that it must be settled first.
+    pub async fn is_unsettled(&self, environment: &str) -> anyhow::Result<bool> {
+        let row: Option<bool> = on!(&self.main, pool => sqlx::query_scalar("SELECT unsettled FROM environments WHERE name = $1")
+            .bind(environment).fetch_optional(pool).await?);
+        Ok(row.unwrap_or_default())
+    }
+
+    pub async fn set_unsettled(&self, environment: &str, unsettled: bool) -> anyhow::Result<()> {
+        on!(&self.main, pool => sqlx::query("UPDATE environments SET unsettled = $2 WHERE name = $1")
+            .bind(environment).bind(unsettled).execute(pool).await?.rows_affected());
+        Ok(())
+    }
+
+    /// The commit of the newest push of an environment's branch that was accepted.
+    pub async fn newest_push(&self, environment: &str) -> anyhow::Result<Option<String>> {
+        Ok(
+            on!(&self.main, pool => sqlx::query_scalar("SELECT commit_id FROM builds WHERE environment = $1 AND kind = 'push' ORDER BY id DESC LIMIT 1")
+            .bind(environment).fetch_optional(pool).await?),
+        )
+    }
+
+    /// What served and what failed to, newest first.
+    pub async fn history(&self, environment: &str, limit: i64) -> anyhow::Result<Vec<Serving>> {
+        Ok(on!(&self.main, pool => sqlx::query_as(
+                "SELECT s.release_id AS release, s.build_id AS build, r.commit_id AS \"commit\", b.title AS title, r.image AS image, \
+                 CASE WHEN r.state = 'failed' THEN 'live' ELSE r.state END AS state, b.kind AS kind, b.pushed_by AS \"by\", \
+                 s.revisions AS revisions, s.began_at AS began_at, s.ended_at AS ended_at, s.ended_why AS ended_why \
+                 FROM servings s JOIN releases r ON r.id = s.release_id JOIN builds b ON b.id = s.build_id WHERE s.environment = $1 \
+                 UNION ALL \
+                 SELECT r.id, r.build_id, r.commit_id, b.title, r.image, r.state, b.kind, b.pushed_by, '{}', r.planned_at, r.ended_at, r.ended_why \
+                 FROM releases r JOIN builds b ON b.id = r.build_id WHERE r.environment = $1 AND r.state IN ('failed', 'adopted') \
+                 ORDER BY 10 DESC, 1 DESC LIMIT $2")
+            .bind(environment).bind(limit).fetch_all(pool).await?))
+    }
+
+    /// Queues the return to a release that served before, and pins the environment for an undo; a redo lets it go.
+    /// What runs and has not begun to deploy gives way.
+    pub async fn bring_back(
+        &self,
+        push: &Push,
+        environment: &str,
+        release_id: i64,
+        kind: BuildKind,
+        reason: &str,
+    ) -> anyhow::Result<i64> {
+        let at = now();
+        let build = NewBuild {
+            environment,
+            push,
+            kind,
+            delivery_id: None,
+            body_hash: "",
+            superseded_by: None,
+            ends_others: false,
+        };
+        let by = &push.pusher;
+        let id = on!(&self.main, pool, BEGIN, _lock => {
+            let mut tx = pool.begin_with(BEGIN).await?;
+            let id = super::builds::insert!(tx, build, at);
+            sqlx::query("UPDATE builds SET release_id = $2, image = (SELECT image FROM releases WHERE id = $2) WHERE id = $1")
+                .bind(id).bind(release_id).execute(&mut *tx).await?;
+            sqlx::query(
+                "UPDATE builds SET superseded_by = $1 WHERE environment = $2 AND status = 'running' AND NOT deploying AND superseded_by IS NULL",
+            )
+            .bind(id).bind(environment).execute(&mut *tx).await?;
+            if kind == BuildKind::Undo {
+                pin!(tx, environment, reason, by, at);
+            } else {
+                sqlx::query("UPDATE environments SET pinned_reason = NULL, pinned_by = NULL, pinned_at = NULL WHERE name = $1")
+                    .bind(environment).execute(&mut *tx).await?;
+            }
+            audit!(tx, at, by, kind.as_str(), environment, Some(id), reason);
+            tx.commit().await?;
+            id
+        });
+        self.notify();
+        Ok(id)
+    }
+}
+
+macro_rules! pin {
+    ($tx:ident, $environment:ident, $reason:ident, $by:ident, $at:ident) => {
+        sqlx::query("UPDATE environments SET pinned_reason = $2, pinned_by = $3, pinned_at = $4 WHERE name = $1")
+            .bind($environment).bind($reason).bind($by).bind($at).execute(&mut *$tx).await?;
+    };
+}
+use pin;
+
+macro_rules! audit {
+    ($tx:ident, $at:ident, $by:ident, $action:expr, $environment:ident, $build:expr, $detail:expr) => {
+        sqlx::query("INSERT INTO audit (at, actor, action, environment, build_id, detail) VALUES ($1, $2, $3, $4, $5, $6)")
+            .bind($at).bind($by).bind($action).bind($environment).bind($build).bind($detail).execute(&mut *$tx).await?;
+    };
+}
+use audit;

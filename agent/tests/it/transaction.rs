@@ -1,0 +1,388 @@
+//! The release transaction from outside: it ends proved live, or what served before is back, and the cause is told.
+
+use serde_json::{Value, json};
+
+use crate::landfall::Landfall;
+use crate::support::{busybox, kubectl, kubectl_apply};
+
+const DIES: (&str, &str) = (
+    "start.sh",
+    "echo 'fatal: DATABASE_URL is not set' >&2; exit 1",
+);
+
+fn settings(name: &str, value: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: {name}\ndata:\n  greeting: {value}\n"
+    )
+}
+
+fn field(landfall: &Landfall, object: &str, path: &str) -> String {
+    let path = format!("jsonpath={{{path}}}");
+    kubectl(&[
+        "-n",
+        &landfall.namespace.0,
+        "get",
+        object,
+        "--ignore-not-found",
+        "-o",
+        &path,
+    ])
+}
+
+fn ended(build: &Value) -> (&str, &str) {
+    (
+        build["status"].as_str().unwrap(),
+        build["outcome"].as_str().unwrap(),
+    )
+}
+
+/// Pushes, and sees it go live.
+async fn live(landfall: &mut Landfall, files: &[(&str, &str)]) -> Value {
+    let id = landfall.push(files).await;
+    let build = landfall.end(id).await;
+    assert_eq!(
+        ended(&build),
+        ("passed", "live"),
+        "{build:#}\n{}",
+        landfall.log(id).await
+    );
+    build
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_served_is_back_and_the_cause_told_when_a_release_dies_at_start() {
+    let mut landfall = Landfall::start("dies").await;
+    let good = live(
+        &mut landfall,
+        &[("kubernetes/settings.yaml", &settings("settings", "good"))],
+    )
+    .await;
+    let serving = landfall.served("/version");
+    let files = [
+        DIES,
+        ("kubernetes/settings.yaml", &settings("settings", "bad")),
+        ("kubernetes/more.yaml", &settings("more", "bad")),
+    ];
+    let id = landfall.push(&files).await;
+    let build = landfall.end(id).await;
+    let log = landfall.log(id).await;
+    assert_eq!(ended(&build), ("failed", "rolled_back"), "{build:#}\n{log}");
+    let cause = &build["cause"];
+    assert_eq!(cause["id"], "crash_loop");
+    assert!(
+        cause["sentence"]
+            .as_str()
+            .unwrap()
+            .contains("DATABASE_URL is not set"),
+        "{cause:#}"
+    );
+    let back = format!("release {} is back and verified", good["release_id"]);
+    assert!(cause["hint"].as_str().unwrap().contains(&back), "{cause:#}");
+    assert_eq!(build["restored_release"], good["release_id"]);
+
+    assert_eq!(landfall.served("/version"), serving);
+    assert_eq!(
+        field(&landfall, "configmap/settings", ".data.greeting"),
+        "good"
+    );
+    assert_eq!(
+        field(&landfall, "configmap/more", ".metadata.name"),
+        "",
+        "what the failed release made is still there"
+    );
+    assert!(
+        log.contains("configmap/more removed") && log.contains("Putting back release"),
+        "{log}"
+    );
+
+    let kept = landfall
+        .get(&format!("/api/builds/{id}/evidence"))
+        .await
+        .to_string();
+    assert!(
+        kept.contains("before its restart") && kept.contains("DATABASE_URL is not set"),
+        "{kept}"
+    );
+    let history = landfall.get("/api/environments/hello/releases").await;
+    let states: Vec<&str> = history["releases"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|row| row["state"].as_str().unwrap())
+        .collect();
+    assert_eq!(states, ["failed", "live"], "{history:#}");
+    assert_eq!(history["current"], good["release_id"]);
+
+    // A correction goes live on top of it.
+    live(
+        &mut landfall,
+        &[
+            ("start.sh", "exec httpd -f -p 5000 -h /www"),
+            ("www/index.html", "Hello mended"),
+        ],
+    )
+    .await;
+    assert_eq!(landfall.served("/index.html").trim(), "Hello mended");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_first_release_over_what_was_there_goes_back_to_it() {
+    let mut landfall = Landfall::start("adopted").await;
+    let site = std::fs::read_to_string(landfall.path("work/kubernetes/deployment.yaml")).unwrap();
+    let by_hand = site.replace(
+        "image: hello\n",
+        &format!("image: {}\n          command: [sh, -c, 'mkdir /tmp/w; echo by hand > /tmp/w/health; exec httpd -f -p 5000 -h /tmp/w']\n", busybox()),
+    );
+    kubectl_apply(&landfall.namespace.0, &by_hand);
+    kubectl(&[
+        "-n",
+        &landfall.namespace.0,
+        "rollout",
+        "status",
+        "deployment/hello",
+        "--timeout=60s",
+    ]);
+    let id = landfall.push(&[DIES]).await;
+    let build = landfall.end(id).await;
+    let log = landfall.log(id).await;
+    assert_eq!(ended(&build), ("failed", "rolled_back"), "{build:#}\n{log}");
+    let image = field(
+        &landfall,
+        "deployment/hello",
+        ".spec.template.spec.containers[0].image",
+    );
+    assert_eq!(image, busybox());
+    assert!(log.contains("what stood here before Landfall"), "{log}");
+    // The Service came with the failed release.
+    assert_eq!(field(&landfall, "service/hello", ".metadata.name"), "");
+    let history = landfall.get("/api/environments/hello/releases").await;
+    assert!(
+        history["releases"].to_string().contains("adopted"),
+        "{history:#}"
+    );
+
+    live(
+        &mut landfall,
+        &[("start.sh", "exec httpd -f -p 5000 -h /www")],
+    )
+    .await;
+    let (status, undo) = landfall
+        .write("/api/environments/hello/undo", json!({"reason": "try"}))
+        .await;
+    assert_eq!(status, 202, "{undo:#}");
+    let undone = landfall.end(undo["id"].as_i64().unwrap()).await;
+    assert_eq!(
+        ended(&undone),
+        ("passed", "live"),
+        "{undone:#}\n{}",
+        landfall.log(undone["id"].as_i64().unwrap()).await
+    );
+    assert_eq!(
+        field(
+            &landfall,
+            "deployment/hello",
+            ".spec.template.spec.containers[0].image"
+        ),
+        busybox()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_first_release_that_fails_is_left_or_removed_as_the_pipeline_says() {
+    for (word, outcome, stands) in [("leave", "left_failed", "hello"), ("remove", "removed", "")] {
+        let mut landfall = Landfall::start("first").await;
+        let pipeline = std::fs::read_to_string(landfall.path("work/pipeline.yaml")).unwrap();
+        let pipeline = format!("{pipeline}first_release: {word}\n");
+        let id = landfall.push(&[DIES, ("pipeline.yaml", &pipeline)]).await;
+        let build = landfall.end(id).await;
+        assert_eq!(
+            ended(&build),
+            ("failed", outcome),
+            "{build:#}\n{}",
+            landfall.log(id).await
+        );
+        assert_eq!(
+            field(&landfall, "deployment/hello", ".metadata.name"),
+            stands
+        );
+        assert_eq!(field(&landfall, "service/hello", ".metadata.name"), stands);
+        let hint = build["cause"]["hint"].as_str().unwrap();
+        assert!(
+            hint.contains(if word == "leave" {
+                "kubectl -n"
+            } else {
+                "is removed"
+            }),
+            "{hint}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_undo_goes_back_and_holds_there_until_it_is_unpinned() {
+    let mut landfall = Landfall::start("undo").await;
+    let one = live(&mut landfall, &[("www/index.html", "Hello one")]).await;
+    let two = live(&mut landfall, &[("www/index.html", "Hello two")]).await;
+    let (code, said) = landfall.run_command(&["undo", "hello", "--reason", "the second is wrong"]);
+    assert_eq!(code, Some(0), "{said}");
+    assert_eq!(landfall.served("/index.html").trim(), "Hello one");
+    assert_eq!(
+        landfall.get("/api/environments").await["environments"][0]["deployed"]["release"],
+        one["release_id"]
+    );
+
+    let (_, history) = landfall.run_command(&["history", "hello"]);
+    assert!(
+        history.contains("the second is wrong") && history.contains("undo by admin"),
+        "{history}"
+    );
+    let rollouts = kubectl(&[
+        "-n",
+        &landfall.namespace.0,
+        "rollout",
+        "history",
+        "deployment/hello",
+    ]);
+    assert_eq!(rollouts.matches("Landfall #").count(), 2, "{rollouts}");
+
+    // A push is held back, and a build by hand is refused with the way out.
+    let third = landfall.push(&[("www/index.html", "Hello three")]).await;
+    let held = landfall.end(third).await;
+    assert_eq!(ended(&held), ("skipped", "unchanged"), "{held:#}");
+    assert_eq!(held["cause"]["id"], "pinned");
+    let (status, refused) = landfall
+        .write(
+            "/api/builds",
+            json!({"environment": "hello", "branch": "main"}),
+        )
+        .await;
+    assert_eq!(status, 409);
+    assert!(
+        refused["hint"].as_str().unwrap().contains("unpin"),
+        "{refused}"
+    );
+
+    // Forward again, and free.
+    let (code, said) = landfall.run_command(&["redo", "hello"]);
+    assert_eq!(code, Some(0), "{said}");
+    assert_eq!(landfall.served("/index.html").trim(), "Hello two");
+    assert_eq!(
+        landfall.get("/api/environments").await["environments"][0]["deployed"]["release"],
+        two["release_id"]
+    );
+    let (code, said) = landfall.run_command(&["redo", "hello"]);
+    assert_eq!(code, Some(2), "{said}");
+
+    // A pin by hand; unpinned, the head that was pushed meanwhile is built.
+    assert_eq!(
+        landfall
+            .run_command(&["pin", "hello", "--reason", "sale"])
+            .0,
+        Some(0)
+    );
+    let (code, said) = landfall.run_command(&["unpin", "hello"]);
+    assert_eq!(code, Some(0), "{said}");
+    assert_eq!(landfall.served("/index.html").trim(), "Hello three");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_release_no_longer_has_is_removed_once_it_is_live() {
+    let mut landfall = Landfall::start("prune").await;
+    live(
+        &mut landfall,
+        &[("kubernetes/old.yaml", &settings("old", "one"))],
+    )
+    .await;
+    kubectl_apply(&landfall.namespace.0, &settings("not-ours", "mine"));
+    std::fs::remove_file(landfall.path("work/kubernetes/old.yaml")).unwrap();
+    // A release that fails takes nothing away.
+    let failed = landfall.push(&[DIES]).await;
+    assert_eq!(
+        ended(&landfall.end(failed).await),
+        ("failed", "rolled_back")
+    );
+    assert_eq!(field(&landfall, "configmap/old", ".data.greeting"), "one");
+    let build = live(
+        &mut landfall,
+        &[
+            ("start.sh", "exec httpd -f -p 5000 -h /www"),
+            ("www/index.html", "Hello two"),
+        ],
+    )
+    .await;
+    assert_eq!(field(&landfall, "configmap/old", ".metadata.name"), "");
+    assert_eq!(
+        field(&landfall, "configmap/not-ours", ".data.greeting"),
+        "mine"
+    );
+    let plan = landfall
+        .get(&format!("/api/builds/{}/plan", build["id"]))
+        .await;
+    assert!(
+        plan["plan"]
+            .to_string()
+            .contains(r#"{"change":"removed","object":"configmap/old"}"#),
+        "{plan:#}"
+    );
+    let log = landfall.log(build["id"].as_i64().unwrap()).await;
+    assert!(
+        log.contains("configmap/old will be removed") && log.contains("configmap/old removed"),
+        "{log}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rollback_that_is_killed_is_finished_by_the_next_start() {
+    let mut landfall = Landfall::start("killed-back").await;
+    let good = live(&mut landfall, &[]).await;
+    let serving = landfall.served("/version");
+    let id = landfall.push(&[DIES]).await;
+    landfall.reach(id, "rollback").await;
+    landfall.kill();
+    landfall.run().await;
+    let build = landfall.end(id).await;
+    let log = landfall.log(id).await;
+    assert_eq!(ended(&build), ("failed", "rolled_back"), "{build:#}\n{log}");
+    assert_eq!(build["restored_release"], good["release_id"]);
+    assert!(
+        build["cause"]["sentence"]
+            .as_str()
+            .unwrap()
+            .contains("DATABASE_URL"),
+        "{build:#}"
+    );
+    assert_eq!(landfall.served("/version"), serving);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_commit_that_failed_is_not_deployed_again_unless_asked() {
+    let mut landfall = Landfall::start("quarantine").await;
+    live(&mut landfall, &[]).await;
+    let id = landfall.push(&[DIES]).await;
+    let failed = landfall.end(id).await;
+    assert_eq!(ended(&failed), ("failed", "rolled_back"));
+    live(
+        &mut landfall,
+        &[
+            ("start.sh", "exec httpd -f -p 5000 -h /www"),
+            ("www/index.html", "Hello good"),
+        ],
+    )
+    .await;
+    // The branch goes back to the commit that failed.
+    let again = landfall
+        .push_again(failed["commit"].as_str().unwrap())
+        .await;
+    let held = landfall.end(again).await;
+    assert_eq!(ended(&held), ("skipped", "unchanged"), "{held:#}");
+    assert_eq!(held["cause"]["id"], "quarantined");
+    assert_eq!(landfall.served("/index.html").trim(), "Hello good");
+    let (status, rerun) = landfall
+        .write(&format!("/api/builds/{again}/rerun"), json!({}))
+        .await;
+    assert_eq!(status, 202, "{rerun}");
+    assert_eq!(
+        ended(&landfall.end(rerun["id"].as_i64().unwrap()).await),
+        ("failed", "rolled_back")
+    );
+}
