@@ -2,7 +2,7 @@
 export CARGO_TARGET_DIR ?= $(CURDIR)/target
 
 .DEFAULT_GOAL := help
-.PHONY: bench help cluster cluster-down demo demo-stop test
+.PHONY: bench bench-verdict help cluster cluster-down demo demo-stop test
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,3 +25,6 @@ test: ## sets up what is missing and runs every test
 
 bench: ## measures a release build against a shell script and fixed goals; not while tests run
 	@dev/bench
+
+bench-verdict: ## measures how soon a broken rollout is told, beside kubectl; not while tests run
+	@dev/bench-verdict

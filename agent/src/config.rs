@@ -99,11 +99,11 @@ impl Environment {
     }
 }
 
-/// What other programs of this machine are given of the environment: where programs are.
-pub fn variables_for_programs() -> impl Iterator<Item = (&'static str, std::ffi::OsString)> {
-    ["PATH"]
-        .into_iter()
-        .filter_map(|name| Some((name, std::env::var_os(name)?)))
+/// Where a program of this machine is, by its PATH.
+pub fn program(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    let mut found = std::env::split_paths(&path).map(|folder| folder.join(name));
+    found.find(|program| program.is_file())
 }
 
 /// What the git process keeps of the environment: where programs and certificate authorities are.

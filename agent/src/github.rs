@@ -370,7 +370,10 @@ fn failed(build: &Build) -> String {
         None => build.status.to_string(),
     };
     match build.outcome {
-        Outcome::RolledBack => format!("rolled back: {why}"),
+        Outcome::RolledBack => match build.restored_release {
+            Some(release) => format!("rolled back to release {release}: {why}"),
+            None => format!("rolled back: {why}"),
+        },
         Outcome::RollbackFailed => format!("rollback failed: {why}"),
         _ => why,
     }

@@ -117,6 +117,13 @@ impl Working {
                 .hint("please report it, with the agent's own log");
                 let known = agent.store.build(id).await.ok().flatten();
                 let outcome = if known.is_none_or(|build| build.release_id.is_some()) {
+                    if let Err(error) = agent.store.set_unsettled(&build.environment, true).await {
+                        tracing::error!(
+                            build = id,
+                            error = format!("{error:#}"),
+                            "cannot mark an environment as unsettled"
+                        );
+                    }
                     Outcome::Unknown
                 } else {
                     Outcome::Unchanged

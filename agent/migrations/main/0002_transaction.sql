@@ -33,6 +33,20 @@ CREATE TABLE evidence (
     PRIMARY KEY (build_id, ordinal)
 );
 
+-- What a build applied on its way forward: what its rollback undoes.
+CREATE TABLE build_objects (
+    build_id BIGINT NOT NULL,
+    ordinal BIGINT NOT NULL,
+    api_version TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    namespace TEXT NOT NULL,
+    name TEXT NOT NULL,
+    uid TEXT NOT NULL,
+    -- created, changed, unchanged
+    change TEXT NOT NULL,
+    PRIMARY KEY (build_id, ordinal)
+);
+
 -- The release that a rollback put back.
 ALTER TABLE builds ADD COLUMN restored_release BIGINT;
 -- When a later release took the object away.

@@ -81,20 +81,20 @@ pub async fn undo(
 ) -> Result<Response, ApiError> {
     let environment = find(&app, &name)?;
     let asked: Undo = optional(body)?;
-    let (_, current) = app.store.deployed(&environment.name).await?;
     let history = app.store.history(&environment.name, HISTORY_MAX).await?;
     let target = match (asked.release, asked.revision) {
         (Some(_), Some(_)) => return Err(bad_request("give a release or a revision, not both")),
-        (Some(release), None) => named(&history, current, |row| row.release == release)
+        (Some(release), None) => named(&history, |row| row.release == release)
             .ok_or_else(|| nothing(&name, &format!("release {release} has never served here")))?,
-        (None, Some(revision)) => named(&history, current, |row| has_revision(row, revision))
-            .ok_or_else(|| {
+        (None, Some(revision)) => {
+            named(&history, |row| has_revision(row, revision)).ok_or_else(|| {
                 nothing(
                     &name,
                     &format!("no release that served here is known as revision {revision}"),
                 )
-            })?,
-        (None, None) => previous(&history, current)
+            })?
+        }
+        (None, None) => previous(&history)
             .ok_or_else(|| nothing(&name, "no earlier release has served here"))?,
     };
     let reason = match bounded(asked.reason) {
@@ -111,10 +111,9 @@ pub async fn redo(
 ) -> Result<Response, ApiError> {
     let environment = find(&app, &name)?;
     let asked: Reason = optional(body)?;
-    let (_, current) = app.store.deployed(&environment.name).await?;
     let history = app.store.history(&environment.name, HISTORY_MAX).await?;
-    let target = next(&history, current)
-        .ok_or_else(|| nothing(&name, "no later release has served here"))?;
+    let target =
+        next(&history).ok_or_else(|| nothing(&name, "no later release has served here"))?;
     let reason =
         bounded(asked.reason).unwrap_or_else(|| format!("redo of release {}", target.release));
     bring_back(&app, environment, target, BuildKind::Redo, &reason).await
@@ -223,26 +222,40 @@ fn push(environment: &Environment, commit: String, title: String) -> Push {
     }
 }
 
-/// Releases are numbered as they came, so "earlier" is a smaller number: an undo after an undo goes further back.
-fn previous(history: &[Serving], current: Option<i64>) -> Option<&Serving> {
-    served(history)
-        .filter(|row| current.is_some_and(|current| row.release < current))
-        .max_by_key(|row| row.release)
+/// What served, as an editor keeps its steps: an undo takes the last ones away, a redo brings them back, and a new release
+/// ends what could be brought back.
+fn steps(history: &[Serving]) -> (Vec<&Serving>, Vec<Vec<&Serving>>) {
+    let (mut past, mut undone): (Vec<&Serving>, Vec<Vec<&Serving>>) = (Vec::new(), Vec::new());
+    for row in served(history).collect::<Vec<_>>().into_iter().rev() {
+        let at = past.iter().position(|known| known.release == row.release);
+        match (row.kind.as_str(), at) {
+            ("undo", Some(at)) => undone.push(past.split_off(at + 1)),
+            ("redo", _) => past.extend(undone.pop().unwrap_or_default()),
+            _ => {
+                undone.clear();
+                past.push(row);
+            }
+        }
+    }
+    (past, undone)
 }
 
-fn next(history: &[Serving], current: Option<i64>) -> Option<&Serving> {
-    served(history)
-        .filter(|row| current.is_some_and(|current| row.release > current))
-        .min_by_key(|row| row.release)
+fn previous(history: &[Serving]) -> Option<&Serving> {
+    let (past, _) = steps(history);
+    past.len()
+        .checked_sub(2)
+        .and_then(|at| past.get(at))
+        .copied()
 }
 
-/// The newest that fits and does not serve now.
-fn named(
-    history: &[Serving],
-    current: Option<i64>,
-    fits: impl Fn(&Serving) -> bool,
-) -> Option<&Serving> {
-    served(history).find(|row| Some(row.release) != current && fits(row))
+fn next(history: &[Serving]) -> Option<&Serving> {
+    let (_, undone) = steps(history);
+    undone.last()?.last().copied()
+}
+
+/// The newest that fits.
+fn named(history: &[Serving], fits: impl Fn(&Serving) -> bool) -> Option<&Serving> {
+    served(history).find(|row| fits(row))
 }
 
 fn served(history: &[Serving]) -> impl Iterator<Item = &Serving> {
@@ -279,24 +292,50 @@ mod tests {
         }
     }
 
+    fn by(kind: &str, release: i64) -> Serving {
+        Serving {
+            kind: kind.to_owned(),
+            ..row(release, "live", "0")
+        }
+    }
+
+    /// Told from the first to the last, as they happened.
+    fn history(rows: Vec<Serving>) -> Vec<Serving> {
+        rows.into_iter().rev().collect()
+    }
+
+    fn ways(rows: Vec<Serving>) -> (Option<i64>, Option<i64>) {
+        let history = history(rows);
+        let number = |row: Option<&Serving>| row.map(|row| row.release);
+        (number(previous(&history)), number(next(&history)))
+    }
+
     #[test]
     fn undo_goes_back_over_what_failed_and_redo_forward_again() {
-        let history = [
-            row(5, "live", "9"),
-            row(4, "failed", ""),
-            row(3, "live", "7"),
-            row(1, "adopted", ""),
-        ];
-        let number = |row: Option<&Serving>| row.map(|row| row.release);
-        assert_eq!(number(previous(&history, Some(5))), Some(3));
-        assert_eq!(number(previous(&history, Some(3))), Some(1));
-        assert_eq!(number(previous(&history, Some(1))), None);
-        assert_eq!(number(next(&history, Some(3))), Some(5));
-        assert_eq!(number(next(&history, Some(5))), None);
-        assert_eq!(number(previous(&history, None)), None);
+        let first = || {
+            vec![
+                row(1, "adopted", ""),
+                row(3, "live", "7"),
+                row(4, "failed", ""),
+                row(5, "live", "9"),
+            ]
+        };
+        let with = |more: Vec<Serving>| ways([first(), more].concat());
+        assert_eq!(with(vec![]), (Some(3), None));
+        assert_eq!(with(vec![by("undo", 3)]), (Some(1), Some(5)));
+        assert_eq!(with(vec![by("undo", 3), by("undo", 1)]), (None, Some(3)));
+        assert_eq!(with(vec![by("undo", 1)]), (None, Some(5)));
+        assert_eq!(with(vec![by("undo", 3), by("redo", 5)]), (Some(3), None));
+        // What was undone is not gone back to from what came after.
         assert_eq!(
-            number(named(&history, Some(5), |row| has_revision(row, 7))),
-            Some(3)
+            with(vec![by("undo", 3), row(6, "live", "0")]),
+            (Some(3), None)
+        );
+        assert_eq!(ways(vec![]), (None, None));
+        let found = history(first());
+        assert_eq!(
+            named(&found, |row| has_revision(row, 7)).unwrap().release,
+            3
         );
     }
 }

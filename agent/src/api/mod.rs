@@ -53,6 +53,7 @@ pub fn router() -> Router<App> {
         .route("/api/environments/{name}/redo", post(environments::redo))
         .route("/api/environments/{name}/pin", post(environments::pin))
         .route("/api/environments/{name}/unpin", post(environments::unpin))
+        .route("/api/openapi.json", get(openapi))
         .route("/api", any(unknown_path))
         .route("/api/{*rest}", any(unknown_path))
         .method_not_allowed_fallback(async || {
@@ -412,6 +413,14 @@ fn unknown_environment(config: &Config, name: &str, status: StatusCode) -> ApiEr
         known => format!("known are {}", known.join(", ")),
     };
     ApiError::new(status, format!("unknown environment {name:?}")).hint(hint)
+}
+
+/// The description of this API, kept by hand beside it; a test asks for each of its paths.
+async fn openapi() -> impl IntoResponse {
+    (
+        [(header::CONTENT_TYPE, "application/json")],
+        include_str!("openapi.json"),
+    )
 }
 
 async fn unknown_path() -> ApiError {

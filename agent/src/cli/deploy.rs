@@ -10,13 +10,12 @@ use clap::Args;
 
 use super::standalone::{self, ClusterArguments};
 use super::terminal::say;
-use crate::builds::{Build, Stage};
-use crate::cluster::lease::fence_of;
+use crate::builds::Stage;
+use crate::cluster::Cluster;
 use crate::cluster::snapshot::Target as Watched;
-use crate::cluster::{Cluster, Trouble};
 use crate::config::{Docker, Environment};
 use crate::manifests::render::{self, Target, repository};
-use crate::manifests::{self, Manifest, files, name, text};
+use crate::manifests::{self, Manifest, files, text};
 use crate::pipeline::Verify;
 use crate::release::{AppliedObject, Release};
 use crate::stages::deploy::{self, Applying, Way};
@@ -71,12 +70,9 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         arguments.cluster.namespace.is_some(),
     )?;
     let mut release = render(arguments, &environment, &manifests)?;
-    let build = standalone::build(match newest_fence(&cluster, &release).await {
-        Ok(fence) => fence + 1,
-        Err(trouble) => return Ok(standalone::report(&trouble.into())),
-    });
+    let build = standalone::build(0);
     let docker = Docker::default();
-    standalone::with_log(Stage::Deploy, async |log, cancel| {
+    let done = standalone::with_log(Stage::Deploy, async |log, cancel| {
         let scope = standalone::scope(&build, &environment, &docker, log, cancel);
         let found = match plan::review(&scope, &cluster, &mut release, &[]).await {
             Ok(found) => found,
@@ -87,7 +83,8 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         }
         transaction(&scope, &release, found.as_ref(), arguments.rollback).await
     })
-    .await
+    .await?;
+    Ok(done.unwrap_or_else(standalone::interrupted))
 }
 
 /// Files are read as a build reads them; each path is a tree of its own.
@@ -177,20 +174,6 @@ fn render(
     })
 }
 
-/// The greatest number on what is there: an agent may have written it.
-async fn newest_fence(cluster: &Cluster, release: &Release) -> Result<i64, Trouble> {
-    let mut newest = 0;
-    for object in &release.objects {
-        let Some(resource) = cluster.resource(object).await? else {
-            continue;
-        };
-        let live = cluster.get(&resource, name(object)).await;
-        let live = live.map_err(|answer| answer.into_error("read what is there"))?;
-        newest = newest.max(live.as_ref().map_or(0, fence_of));
-    }
-    Ok(newest)
-}
-
 async fn transaction(
     scope: &Scope<'_>,
     release: &Release,
@@ -259,14 +242,6 @@ async fn back(
     failed: &[AppliedObject],
     found: Option<&Release>,
 ) -> StageResult<()> {
-    let build = Build {
-        fence: scope.build.fence + 1,
-        ..scope.build.clone()
-    };
-    let scope = &Scope {
-        build: &build,
-        ..*scope
-    };
     scope.log.line("Putting back what was there before");
     let held = deploy::hold(scope, found).await?;
     if let Some(found) = found {

@@ -50,9 +50,13 @@ const KINDS: [(&str, &str, &str); 16] = [
     ("RoleBinding", "rbac.authorization.k8s.io", "rolebindings"),
 ];
 
-/// What planning and verifying look at besides: verb, group, resource (with its subresource).
-const BESIDES: [(&str, &str, &str); 11] = [
+/// What planning, the lease, verifying and the way back need besides: verb, group, resource (with its subresource).
+const BESIDES: [(&str, &str, &str); 15] = [
     ("create", "", "pods"),
+    ("delete", "", "pods"),
+    ("get", "coordination.k8s.io", "leases"),
+    ("create", "coordination.k8s.io", "leases"),
+    ("update", "coordination.k8s.io", "leases"),
     ("get", "", "pods"),
     ("list", "", "pods"),
     ("watch", "", "pods"),

@@ -65,10 +65,13 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         )
         .await
     } else {
-        standalone::with_log(Stage::Deploy, async |log, cancel| {
+        let shown = standalone::with_log(Stage::Deploy, async |log, cancel| {
             review(&mut release, log, cancel).await
-        })
-        .await?
+        });
+        match shown.await? {
+            Some(reviewed) => reviewed,
+            None => return Ok(standalone::interrupted()),
+        }
     };
     if let Err(error) = reviewed {
         return Ok(standalone::report(&error));

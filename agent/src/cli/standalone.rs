@@ -115,11 +115,11 @@ pub fn release(environment: &Environment, verify: Verify) -> Release {
     }
 }
 
-/// Runs stages whose log goes to stdout as it grows. Ctrl-C ends the watching.
+/// Runs stages whose log goes to stdout as it grows. None: Ctrl-C has ended the watching.
 pub async fn with_log<T>(
     stage: Stage,
     work: impl AsyncFnOnce(&StageLog, &CancellationToken) -> T,
-) -> anyhow::Result<T> {
+) -> anyhow::Result<Option<T>> {
     let log = BuildLog::new(Masker::default(), LOG_BYTES_MAX, 0);
     let stage_log = log.stage(stage);
     let cancel = CancellationToken::new();
@@ -145,7 +145,12 @@ pub async fn with_log<T>(
     };
     let (printed, done) = tokio::join!(printing, working);
     printed?;
-    done.ok_or_else(|| anyhow::anyhow!("interrupted; what was begun in the cluster goes on there"))
+    Ok(done)
+}
+
+pub fn interrupted() -> ExitCode {
+    say!("interrupted; what was begun in the cluster goes on there");
+    ExitCode::from(exit::INTERRUPTED)
 }
 
 pub fn scope<'a>(

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail};
 use clap::Args;
 
 use super::standalone::{self, ClusterArguments};
@@ -11,6 +11,7 @@ use super::terminal::say;
 use crate::builds::Stage;
 use crate::cluster::Cluster;
 use crate::cluster::observe::Observer;
+use crate::cluster::rollout::{self, History, Verdict};
 use crate::cluster::snapshot::{Kind, Target};
 use crate::config::Docker;
 use crate::pipeline::Verify;
@@ -46,19 +47,26 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     };
     let mut objects = Vec::new();
     for workload in &arguments.workloads {
-        objects.push(find(&cluster, workload).await?);
+        let (object, verdict) = match find(&cluster, workload).await? {
+            Ok(found) => found,
+            Err(error) => return Ok(standalone::report(&StageError::Agent(error))),
+        };
+        objects.push(object);
+        match verdict {
+            _ if arguments.watch => {}
+            Verdict::Complete => say!("{workload} successfully rolled out"),
+            Verdict::Failed(cause) => return Ok(standalone::report(&StageError::Failed(cause))),
+            Verdict::NotYet { progress } => {
+                say!("{progress}");
+                return Ok(ExitCode::from(1));
+            }
+        }
     }
-    let objects: Vec<AppliedObject> = match objects.into_iter().collect::<Result<_, _>>() {
-        Ok(objects) => objects,
-        Err(error) => return Ok(standalone::report(&StageError::Agent(error))),
-    };
-    let limit = if arguments.watch {
-        arguments.timeout
-    } else {
-        Duration::ZERO
-    };
+    if !arguments.watch {
+        return Ok(ExitCode::SUCCESS);
+    }
     let verify = Verify {
-        timeout_seconds: limit.as_secs(),
+        timeout_seconds: arguments.timeout.as_secs(),
         soak_seconds: 0,
     };
     let release = standalone::release(&environment, verify);
@@ -72,18 +80,18 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         verify::run(&scope, &release, &applied, None, Show::Cause).await
     })
     .await?;
-    match rolled_out {
-        Ok(_) => Ok(ExitCode::SUCCESS),
-        Err(StageError::TimedOut(_)) if !arguments.watch => {
-            say!("not rolled out yet");
-            Ok(ExitCode::from(1))
-        }
-        Err(error) => Ok(standalone::report(&error)),
-    }
+    Ok(match rolled_out {
+        Some(Ok(_)) => ExitCode::SUCCESS,
+        Some(Err(error)) => standalone::report(&error),
+        None => standalone::interrupted(),
+    })
 }
 
-/// As it is now. The outer error is the user's, the inner one the cluster's.
-async fn find(cluster: &Cluster, text: &str) -> anyhow::Result<anyhow::Result<AppliedObject>> {
+/// As it is now, and how far. The outer error is the user's, the inner one the cluster's.
+async fn find(
+    cluster: &Cluster,
+    text: &str,
+) -> anyhow::Result<anyhow::Result<(AppliedObject, Verdict)>> {
     let (kind, name) = text
         .split_once('/')
         .with_context(|| format!("{text:?} is not like deployment/NAME"))?;
@@ -93,7 +101,7 @@ async fn find(cluster: &Cluster, text: &str) -> anyhow::Result<anyhow::Result<Ap
         "daemonset" | "daemonsets" | "ds" => Kind::DaemonSet,
         "job" | "jobs" => Kind::Job,
         other => {
-            anyhow::bail!("{other:?} has no rollout: deployment, statefulset, daemonset or job")
+            bail!("{other:?} has no rollout: deployment, statefulset, daemonset or job")
         }
     };
     let target = Target::named(kind, name);
@@ -101,22 +109,27 @@ async fn find(cluster: &Cluster, text: &str) -> anyhow::Result<anyhow::Result<Ap
         Ok(snapshot) => snapshot,
         Err(unseen) => return Ok(Err(unseen.error)),
     };
-    ensure!(
-        snapshot.is_some(),
-        "there is no {} in namespace {}",
-        target.display_name(),
-        cluster.namespace
-    );
-    let workload = snapshot.map(|snapshot| snapshot.workload);
-    let object = workload.map(|workload| AppliedObject {
+    let Some(snapshot) = snapshot else {
+        let namespace = &cluster.namespace;
+        bail!(
+            "there is no {} in namespace {namespace}",
+            target.display_name()
+        );
+    };
+    let verdict = rollout::judge(&target, &snapshot, false, &mut History::default());
+    let object = AppliedObject {
         api_version: String::new(),
         kind: kind.as_manifest().to_owned(),
         namespace: cluster.namespace.clone(),
         name: name.to_owned(),
-        uid: workload.uid().to_owned(),
-        generation: workload.generation(),
-        // Whatever has died since somebody last wrote it speaks of this rollout.
-        change: Change::Changed,
-    });
-    Ok(object.context("it has just gone"))
+        uid: snapshot.workload.uid().to_owned(),
+        generation: snapshot.workload.generation(),
+        change: match verdict {
+            // What has run for weeks may have died once: only what dies from now on speaks against it.
+            Verdict::Complete => Change::Unchanged,
+            // Whatever has died since somebody last wrote it speaks of this rollout.
+            _ => Change::Changed,
+        },
+    };
+    Ok(Ok((object, verdict)))
 }

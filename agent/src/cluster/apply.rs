@@ -56,11 +56,13 @@ pub async fn apply(
     let Some(resource) = cluster.resource(object).await? else {
         return Err(Trouble::Refused(kind_unknown(object)));
     };
+    let mut was_absent = false;
     for attempt in 0..TRIES_MAX {
         let live = cluster.get(&resource, name(object)).await;
         let live = live.map_err(|answer| trouble(cluster, object, answer))?;
+        was_absent |= attempt == 0 && live.is_none();
         if let Some(done) = attempt_once(cluster, rules, &resource, object, live, dry_run).await? {
-            return Ok(done);
+            return created_unheard(rules, &resource, was_absent, done).await;
         }
         tokio::time::sleep(PAUSE * (attempt + 1)).await;
     }
@@ -68,6 +70,27 @@ pub async fn apply(
     Err(Trouble::Agent(anyhow!(
         "{name} is changed by somebody else again and again: gave up after {TRIES_MAX} tries"
     )))
+}
+
+/// We made it, and the answer was lost: what is live now carries our own number.
+async fn created_unheard(
+    rules: &Rules<'_>,
+    resource: &Resource,
+    was_absent: bool,
+    done: Done,
+) -> Result<Done, Trouble> {
+    let (Some(held), Some(before)) = (rules.held, &done.before) else {
+        return Ok(done);
+    };
+    if !was_absent || lease::fence_of(before) != held.fence {
+        return Ok(done);
+    }
+    let fenced = lease::fence(held, resource, &done.after).await?;
+    Ok(Done {
+        before: None,
+        after: fenced.unwrap_or(done.after),
+        notes: done.notes,
+    })
 }
 
 /// Kind and name of every workload that an autoscaler of the set or of the cluster targets.
@@ -426,7 +449,7 @@ pub enum Removal {
     Removed,
     /// It was not there any more.
     Gone,
-    /// Somebody made it anew since: not ours.
+    /// Somebody made it anew, or took it over, since: not ours.
     Another,
 }
 
@@ -445,7 +468,8 @@ pub async fn remove(held: &Held, object: &AppliedObject) -> Result<Removal, Trou
         let Some(live) = live.map_err(|answer| answer.into_error(&what))? else {
             return Ok(Removal::Gone);
         };
-        if text(&live, "/metadata/uid") != object.uid {
+        // Without the label somebody has taken it over.
+        if text(&live, "/metadata/uid") != object.uid || lease::fence_of(&live) == 0 {
             return Ok(Removal::Another);
         }
         if lease::fence_of(&live) > held.fence {

@@ -330,6 +330,15 @@ fn pull(container: &Running<'_>, message: &str) -> (Patience, Cause) {
             .hint("check the name, the tag or the digest in the manifest, and that it was pushed to this registry");
         return (Patience::Seen(PERMANENT), cause);
     }
+    if has(&["no such host"]) || message.contains("no such host") {
+        let host = image.split('/').next().unwrap_or_default();
+        let cause = Cause::new(
+            "registry_unknown",
+            format!("the registry {host} of the image {image} of {who} has no address"),
+        )
+        .hint("check the name of the registry in the manifest, and the DNS of the cluster's nodes");
+        return (Patience::Seen(PERMANENT), cause);
+    }
     let told = message
         .rsplit_once("failed to do request: ")
         .map_or(message, |(_, rest)| rest);
@@ -678,7 +687,9 @@ fn allowed(container: &Running<'_>) -> Duration {
     let Some(spec) = container.spec else {
         return Duration::ZERO;
     };
-    let startup = spec.startup_probe.as_ref().map_or(0, |probe| {
+    let is_started = container.status.started == Some(true);
+    let startup = spec.startup_probe.as_ref().filter(|_| !is_started);
+    let startup = startup.map_or(0, |probe| {
         let rounds = i64::from(probe.failure_threshold.unwrap_or(3));
         i64::from(probe.initial_delay_seconds.unwrap_or(0))
             + rounds * i64::from(probe.period_seconds.unwrap_or(10))

@@ -120,10 +120,37 @@ fn yaml(title: &str, object: &impl Serialize) -> Evidence {
         .and_then(serde_json::Value::as_object_mut)
     {
         metadata.remove("managedFields");
+        if let Some(annotations) = metadata
+            .get_mut("annotations")
+            .and_then(serde_json::Value::as_object_mut)
+        {
+            annotations.remove("kubectl.kubernetes.io/last-applied-configuration");
+        }
     }
+    hide_values(&mut value);
     Evidence {
         title: title.to_owned(),
         body: bounded(&serde_yaml::to_string(&value).unwrap_or_default()),
+    }
+}
+
+/// What a variable is set to may be a password; its name tells enough.
+fn hide_values(object: &mut serde_json::Value) {
+    for path in ["/spec/template/spec", "/spec"] {
+        for list in ["containers", "initContainers"] {
+            let containers = object.pointer_mut(&format!("{path}/{list}"));
+            let containers = containers.and_then(serde_json::Value::as_array_mut);
+            for container in containers.into_iter().flatten() {
+                let variables = container
+                    .get_mut("env")
+                    .and_then(serde_json::Value::as_array_mut);
+                for variable in variables.into_iter().flatten() {
+                    if let Some(value) = variable.get_mut("value") {
+                        *value = "(hidden)".into();
+                    }
+                }
+            }
+        }
     }
 }
 

@@ -83,6 +83,20 @@ pub async fn claim(
     }
 }
 
+/// The greatest number on any of these objects as they are live; 0 where none has one.
+pub async fn newest_label(cluster: &Cluster, objects: &[Value]) -> Result<i64, Trouble> {
+    let mut newest = 0;
+    for object in objects.iter().filter(|object| kind(object) != "Namespace") {
+        let Some(resource) = cluster.resource(object).await? else {
+            continue;
+        };
+        let live = cluster.get(&resource, name(object)).await;
+        let live = live.map_err(|answer| answer.into_error("read what is there"))?;
+        newest = newest.max(live.as_ref().map_or(0, fence_of));
+    }
+    Ok(newest)
+}
+
 /// An error where somebody has claimed a greater number since.
 pub async fn ensure_newest(held: &Held, object: &Value) -> Result<(), Trouble> {
     let resource = Resource::built_in("coordination.k8s.io/v1", "Lease", "leases", true);

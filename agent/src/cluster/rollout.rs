@@ -39,7 +39,7 @@ pub enum Verdict {
 /// What one watch of one workload remembers between its snapshots.
 #[derive(Debug, Default)]
 pub struct History {
-    /// How long the rollouts of the last good releases took.
+    /// How long the rollouts of the last good releases took; where that is not known, the pods that still serve.
     usual: Option<Duration>,
     begun: bool,
     /// Deaths that were there already when the watch began, by pod and container.
@@ -146,6 +146,7 @@ impl History {
             .collect();
         if !self.begun {
             self.begun = true;
+            self.usual = self.usual.or_else(|| usual_of(snapshot));
             self.deaths_before = containers
                 .iter()
                 .filter(|container| !is_since(target, snapshot, container))
@@ -285,6 +286,24 @@ impl History {
         let began = seen.into_iter().chain(container.running_since()).min();
         began.is_none_or(|began| since(began, snapshot.now) < UNPROBED_MIN)
     }
+}
+
+/// How long the pods that still serve took to be ready, the slowest of them.
+fn usual_of(snapshot: &Snapshot) -> Option<Duration> {
+    let (serving, _) = snapshot.old_pods();
+    let took = serving.into_iter().filter_map(|pod| {
+        let status = pod.status.as_ref()?;
+        let ready = status
+            .conditions
+            .as_deref()?
+            .iter()
+            .find(|it| it.type_ == "Ready" && it.status == "True")?;
+        Some(since(
+            status.start_time.as_ref()?.0,
+            ready.last_transition_time.as_ref()?.0,
+        ))
+    });
+    took.max()
 }
 
 const CALM_SECONDS_MAX: i64 = 3600;

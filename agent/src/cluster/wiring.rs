@@ -105,7 +105,8 @@ pub fn backends(objects: &[Value]) -> (Vec<Backend>, Vec<Cause>) {
                 continue;
             }
             let shown = display_name(ingress);
-            match services(objects).find(|object| name(object) == service) {
+            let mut all = objects.iter().filter(|object| kind(object) == "Service");
+            match all.find(|object| name(object) == service) {
                 None => outside.push(Backend {
                     ingress: shown,
                     service: service.to_owned(),

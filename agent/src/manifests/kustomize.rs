@@ -1,7 +1,7 @@
 //! Kustomize: a folder with a kustomization is rendered by the machine's own `kustomize`, or by `kubectl kustomize`.
 //!
 //! Whatever it names is looked at first: only files and folders of the tree, no address, no chart, no plugin: the tools
-//! would fetch them with this machine's rights. They run without an environment, within limits. Blocking.
+//! would fetch them with this machine's rights. They run without git, an environment or a way out, within limits. Blocking.
 
 use std::io::Read;
 use std::path::Path;
@@ -19,12 +19,41 @@ const LIMIT: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(20);
 const FOLDERS_MAX: usize = 100;
 const ERROR_CHARS_MAX: usize = 1_000;
-/// What would run a program, or fetch something.
-const REFUSED: [&str; 4] = [
-    "helmCharts",
-    "helmGlobals",
-    "helmChartInflationGenerator",
-    "generators",
+/// There is no such folder, by the distributions' own convention: no git is found, no configuration read.
+const ABSENT: &str = "/nonexistent";
+/// Nobody listens there.
+const NOWHERE: &str = "http://127.0.0.1:9";
+/// Every key that is understood here, exactly so written: the tools themselves take any case.
+const KNOWN: [&str; 29] = [
+    "apiVersion",
+    "kind",
+    "metadata",
+    "resources",
+    "bases",
+    "components",
+    "crds",
+    "configurations",
+    "patches",
+    "patchesStrategicMerge",
+    "patchesJson6902",
+    "replacements",
+    "vars",
+    "namespace",
+    "namePrefix",
+    "nameSuffix",
+    "commonLabels",
+    "commonAnnotations",
+    "labels",
+    "images",
+    "replicas",
+    "configMapGenerator",
+    "secretGenerator",
+    "generatorOptions",
+    "openapi",
+    "sortOptions",
+    "buildMetadata",
+    "transformers",
+    "validators",
 ];
 /// Lists of files and folders.
 const LISTS: [&str; 8] = [
@@ -46,21 +75,24 @@ pub fn render(tree: &Path, folder: &str) -> Result<String, String> {
         ("kustomize", &["build"][..]),
         ("kubectl", &["kustomize"][..]),
     ] {
-        let spawned = Command::new(program)
+        let Some(found) = config::program(program) else {
+            continue;
+        };
+        // Without git and without a way out: a second wall, should the look above have missed an address.
+        let spawned = Command::new(&found)
             .args(arguments)
             .arg(&full)
             .env_clear()
-            .envs(config::variables_for_programs())
-            .env("HOME", tree)
+            .env("PATH", ABSENT)
+            .env("HOME", ABSENT)
+            .env("HTTP_PROXY", NOWHERE)
+            .env("HTTPS_PROXY", NOWHERE)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn();
-        match spawned {
-            Ok(child) => return output(child, program, folder),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => return Err(format!("cannot run {program}: {error}")),
-        }
+        let child = spawned.map_err(|error| format!("cannot run {}: {error}", found.display()))?;
+        return output(child, program, folder);
     }
     Err(format!(
         "{folder} has a kustomization, and there is neither `kustomize` nor `kubectl` on the agent's machine to render it: install one, or commit what it renders"
@@ -140,22 +172,33 @@ fn check(tree: &Path, folder: &str) -> Result<(), String> {
         };
         let value: Value =
             serde_yaml::from_str(&text).map_err(|error| format!("{path}: {error}"))?;
-        if let Some(key) = REFUSED.iter().find(|key| value.get(**key).is_some()) {
+        let mut members = value.as_object().into_iter().flatten();
+        if let Some((key, _)) = members.find(|(key, _)| !KNOWN.contains(&key.as_str())) {
             return Err(format!(
-                "{path}: `{key}` is not supported: it would run or fetch something"
+                "{path}: `{key}` is not supported: what is not known might run or fetch something"
             ));
         }
         for target in targets(&value) {
-            let is_address = ["://", "git@", "?ref=", "github.com/"]
-                .iter()
-                .any(|sign| target.contains(sign));
-            if is_address || target.starts_with('/') {
+            // Addresses of whatever kind: `https://`, `git@host:path`, `a@b:c`, `host/x?ref=y`.
+            if target.contains([':', '@', '?']) || target.starts_with('/') {
                 return Err(format!(
                     "{path} names {target:?}: only files and folders of the repository may be named"
                 ));
             }
             let target = normal(&folder, target).map_err(|problem| format!("{path}: {problem}"))?;
-            if read_file(tree, &target)?.is_none() && !folders.contains(&target) {
+            if read_file(tree, &target)?.is_some() {
+                continue;
+            }
+            if !tree
+                .join(&target)
+                .symlink_metadata()
+                .is_ok_and(|it| it.is_dir())
+            {
+                return Err(format!(
+                    "{path} names {target}, which is not in the repository"
+                ));
+            }
+            if !folders.contains(&target) {
                 folders.push(target);
             }
         }
@@ -276,7 +319,13 @@ mod tests {
                 "configMapGenerator: [{name: a, files: [b=/etc/passwd]}]",
                 "only files and folders",
             ),
-            ("helmCharts: [{name: a}]", "would run or fetch"),
+            ("helmCharts: [{name: a}]", "might run or fetch"),
+            (
+                "Resources: ['https://example.org/all.yaml']",
+                "`Resources` is not supported",
+            ),
+            ("resources: ['a@b:c/d']", "only files and folders"),
+            ("resources: [none.yaml]", "not in the repository"),
             ("a: [", "overlay/kustomization.yaml"),
         ] {
             let error = check(tree(text).path(), "overlay").unwrap_err();

@@ -26,6 +26,7 @@ use crate::stages::{
     Built, CheckedOut, Scope, StageError, StageResult, Tested, checkout, image, test,
 };
 use crate::store::{Pin, Store, make_private_dir};
+use transaction::Earlier;
 
 /// A build that kills its agent again and again must not do so for ever.
 const ATTEMPTS_MAX: i64 = 5;
@@ -135,7 +136,8 @@ async fn name_commit(
     environment: &Environment,
     build: &mut Build,
 ) -> anyhow::Result<()> {
-    if build.commit.is_empty() {
+    // What stood there before us has no commit, and none is needed to bring it back.
+    if build.commit.is_empty() && !build.kind.brings_back() {
         let mirrors = mirrors(agent);
         make_private_dir(&mirrors)?;
         build.commit = checkout::resolve(environment, &agent.exe, &mirrors, &build.branch).await?;
@@ -279,9 +281,11 @@ impl<'a> Line<'a> {
                 self.build.id
             )));
         }
-        // A rollback that was begun is finished first, for the cause that it had.
-        if let Some(cause) = self.interrupted_rollback().await? {
-            return Err(StageError::Failed(cause));
+        // A rollback that was begun is finished first, for the cause that it had; one that has ended is not done again.
+        match self.earlier_rollback().await? {
+            Some(Earlier::Ended(ended)) => return Ok(ended),
+            Some(Earlier::Begun(cause)) => return Err(StageError::Failed(cause)),
+            None => {}
         }
         self.walk().await
     }
@@ -292,6 +296,10 @@ impl<'a> Line<'a> {
             // From the plan on only the release counts: the set that is stored is applied again, and watched again. So a
             // release that is brought back is a build that was planned before it began.
             Some(release) => {
+                if self.agent.store.is_served_by(self.build).await? {
+                    self.tidy_up(&release).await;
+                    return Ok(Ended::live());
+                }
                 let applied = self.apply_stored(&release).await?;
                 (release, applied)
             }
@@ -311,15 +319,13 @@ impl<'a> Line<'a> {
         let rolled_out = self.verify(&release, &applied).await?;
         self.smoke_test(&release, &rolled_out).await?;
         self.settle_live(&release, &rolled_out).await?;
-        let outcome = if applied.changed_nothing() {
-            Outcome::Unchanged
-        } else {
-            Outcome::Live
-        };
-        Ok(Ended {
-            status: Status::Passed,
-            outcome,
-            cause: None,
+        let live = Ended::live();
+        Ok(match applied.changed_nothing() {
+            true => Ended {
+                outcome: Outcome::Unchanged,
+                ..live
+            },
+            false => live,
         })
     }
 
@@ -535,6 +541,14 @@ impl Ended {
             status: Status::Errored,
             outcome: Outcome::Unchanged,
             cause: Some(Cause::new("agent", format!("{error:#}"))),
+        }
+    }
+
+    fn live() -> Self {
+        Self {
+            status: Status::Passed,
+            outcome: Outcome::Live,
+            cause: None,
         }
     }
 

@@ -29,6 +29,12 @@ struct PutBack {
     release_id: Option<i64>,
 }
 
+/// What an earlier attempt's rollback came to.
+pub(super) enum Earlier {
+    Begun(Cause),
+    Ended(Ended),
+}
+
 /// Forward.
 impl Line<'_> {
     /// Plan, then the last moment to stop, then the release's row, then the first mutation.
@@ -111,6 +117,12 @@ impl Line<'_> {
         store
             .release_is_live(self.build, release, &rolled_out.revisions)
             .await?;
+        self.tidy_up(release).await;
+        Ok(())
+    }
+
+    /// Takes away what the release that serves no longer has.
+    pub(super) async fn tidy_up(&self, release: &Release) {
         let log = self.log.stage(Stage::SmokeTest);
         if let Err(error) = self.prune(&self.unstopped(&log), release).await {
             // The next release tries again: what is left over does no harm.
@@ -118,7 +130,6 @@ impl Line<'_> {
                 "Not everything that the manifests no longer hold was removed: {error}"
             ));
         }
-        Ok(())
     }
 
     async fn plan(
@@ -138,7 +149,10 @@ impl Line<'_> {
         if !store.begin_deploying(self.build).await? {
             return Err(StageError::Canceled);
         }
-        if let Some(found) = found {
+        // What an earlier first release of ours has left there is not what was found.
+        if let Some(found) = found
+            && store.is_as_found(environment).await?
+        {
             store.adopt(self.build, &found).await?;
         }
         let id = store.plan_release(self.build, &release).await?;
@@ -151,6 +165,7 @@ impl Line<'_> {
     }
 
     async fn hold(&self, scope: &Scope<'_>, release: Option<&Release>) -> StageResult<Held> {
+        self.agent.store.ensure_held(self.build).await?;
         let held = deploy::hold(scope, release).await?;
         // Who slept between the store's word and the cluster's lease is told here, before it writes.
         self.agent.store.ensure_held(self.build).await?;
@@ -164,13 +179,18 @@ impl Line<'_> {
         release: &Release,
         way: Way,
     ) -> StageResult<Applied> {
+        let store = &self.agent.store;
+        // What is put back after a failure is not what the failed build has done.
+        let is_own = self.planned_id().await? == Some(release.id);
         let mut applying = Applying::begin(scope, held, release, way).await?;
         let mut objects = Vec::new();
         while let Some((ordinal, object)) = applying.next().await? {
-            self.agent
-                .store
+            store
                 .record_applied(self.build, release.id, ordinal, &object)
                 .await?;
+            if is_own {
+                store.record_touched(self.build, ordinal, &object).await?;
+            }
             objects.push(object);
         }
         Ok(Applied {
@@ -180,12 +200,21 @@ impl Line<'_> {
     }
 
     async fn prune(&self, scope: &Scope<'_>, release: &Release) -> anyhow::Result<()> {
-        if release.prune.is_empty() || self.build.kind.brings_back() {
+        let surplus = if self.build.kind.brings_back() {
+            // Whatever other releases have made beside it.
+            let created = self.agent.store.created(&self.build.environment).await?;
+            let created: Vec<AppliedObject> =
+                created.into_iter().map(|(_, object)| object).collect();
+            removal::prunable(&created, &release.objects)
+        } else {
+            release.prune.clone()
+        };
+        if surplus.is_empty() {
             return Ok(());
         }
         let pruned = async {
             let held = self.hold(scope, Some(release)).await?;
-            removal::run(scope, &held, &release.prune).await
+            removal::run(scope, &held, &surplus).await
         };
         for uid in pruned.await.map_err(StageError::into_error)? {
             self.agent.store.record_removed(&uid).await?;
@@ -216,19 +245,16 @@ impl Line<'_> {
                 (Status::Errored, Cause::new("agent", error))
             }
         };
-        match self.aftermath(status, cause.clone()).await {
+        match self.aftermath(status, cause).await {
             Ok(ended) => ended,
             Err(error) => {
+                // The store could not be asked or told: the queue takes the build up again.
                 tracing::error!(
                     build = self.build.id,
                     error = format!("{error:#}"),
-                    "cannot tell what a failed build left"
+                    "cannot go on with a failed build"
                 );
-                Some(Ended {
-                    status,
-                    outcome: Outcome::Unknown,
-                    cause: Some(cause),
-                })
+                None
             }
         }
     }
@@ -245,7 +271,7 @@ impl Line<'_> {
         let Some(release) = self.planned().await? else {
             return Ok(ended(Outcome::Unchanged, cause));
         };
-        let touched: Vec<AppliedObject> = store.applied(release.id).await?;
+        let touched: Vec<AppliedObject> = store.touched(self.build.id).await?;
         if status == Status::Errored {
             // Blind is not failed: what stands is found out before the next release.
             let begun = self.stage_begun(Stage::Deploy).await?;
@@ -259,13 +285,15 @@ impl Line<'_> {
             };
             return Ok(ended(outcome, cause));
         }
-        store
-            .release_failed(self.build, &release, &cause.sentence)
-            .await?;
-        if touched
+        let is_unchanged = touched
             .iter()
-            .all(|object| object.change == Change::Unchanged)
-        {
+            .all(|object| object.change == Change::Unchanged);
+        // Where nothing was changed, the commit may well be the one that serves.
+        let is_at_fault = !is_unchanged && !self.build.kind.brings_back();
+        store
+            .release_failed(self.build, &release, &cause.sentence, is_at_fault)
+            .await?;
+        if is_unchanged {
             return Ok(ended(Outcome::Unchanged, cause));
         }
         if release.rollback == Rollback::Never {
@@ -316,7 +344,15 @@ impl Line<'_> {
             }) => {
                 store.set_restored(self.build, id).await?;
                 store.set_unsettled(&self.build.environment, false).await?;
-                let back = format!("release {id} is back and verified");
+                // The pod that a hint would lead to is gone by now.
+                let hint = cause
+                    .hint
+                    .clone()
+                    .filter(|hint| !hint.contains("kubectl logs"));
+                let back = format!(
+                    "release {id} is back and verified; what failed is kept with this build as evidence"
+                );
+                let cause = Cause { hint, ..cause };
                 Ok(ended(Outcome::RolledBack, with_hint(cause, Some(back))))
             }
             Ok(PutBack { release_id: None }) => {
@@ -328,11 +364,30 @@ impl Line<'_> {
                 let why = error.sentence();
                 log.line(format!("The rollback failed: {why}"));
                 store.set_unsettled(&self.build.environment, true).await?;
-                let hint = match by_hand {
-                    Some(commands) => format!("the rollback failed ({why}); by hand: {commands}"),
-                    None => format!("the rollback failed ({why})"),
-                };
-                Ok(ended(Outcome::RollbackFailed, with_hint(cause, Some(hint))))
+                if let StageError::Agent(_) = error {
+                    // Not seen is not failed.
+                    let hint = format!(
+                        "the way back was lost from sight ({why}); the next build goes it to the end first"
+                    );
+                    let cause = with_hint(cause, Some(hint));
+                    return Ok(Some(Ended {
+                        status: Status::Errored,
+                        outcome: Outcome::Unknown,
+                        cause: Some(cause),
+                    }));
+                }
+                Ok(ended(
+                    Outcome::RollbackFailed,
+                    with_hint(
+                        cause,
+                        Some(rollback_hint(
+                            &self.build.environment,
+                            goal.as_ref(),
+                            &why,
+                            by_hand,
+                        )),
+                    ),
+                ))
             }
         }
     }
@@ -388,7 +443,11 @@ impl Line<'_> {
         if !store.is_unsettled(environment).await? {
             return Ok(());
         }
-        let Some(goal) = self.serving().await? else {
+        let goal = match self.serving().await? {
+            Some(release) => Some(release),
+            None => store.adopted(environment).await?,
+        };
+        let Some(goal) = goal else {
             return Ok(());
         };
         scope.log.line(format!(
@@ -396,7 +455,16 @@ impl Line<'_> {
             goal.id
         ));
         let held = self.hold(scope, Some(&goal)).await?;
-        self.apply_held(scope, &held, &goal, Way::Back).await?;
+        if let Err(StageError::Failed(cause)) =
+            self.apply_held(scope, &held, &goal, Way::Back).await
+        {
+            // It cannot be had any more; the new release may mend what stands.
+            scope.log.line(format!(
+                "It cannot be applied again, going on without it: {}",
+                cause.sentence
+            ));
+            return Ok(());
+        }
         // What stands there beside it was created by releases after it, none of which is live.
         let created = store.created(environment).await?;
         let later: Vec<AppliedObject> = created
@@ -412,6 +480,10 @@ impl Line<'_> {
 
     async fn keep_evidence(&self, scope: &Scope<'_>, failed: &Release, touched: &[AppliedObject]) {
         let kept = async {
+            if !self.agent.store.evidence(self.build.id).await?.is_empty() {
+                // An earlier attempt has kept it; by now the way back may have begun.
+                return anyhow::Ok(0);
+            }
             let cluster = crate::cluster::Cluster::connect(self.environment).await?;
             let evidence = evidence::collect(&cluster, &Target::applied(failed, touched)).await;
             let masked = |text: &str| scope.log.masked(text);
@@ -429,6 +501,7 @@ impl Line<'_> {
             anyhow::Ok(evidence.len())
         };
         match kept.await {
+            Ok(0) => {}
             Ok(count) => scope
                 .log
                 .line(format!("Kept as evidence: {count} objects and logs")),
@@ -445,13 +518,41 @@ impl Line<'_> {
         }
     }
 
-    /// The cause of a rollback that an earlier attempt began.
-    pub(super) async fn interrupted_rollback(&self) -> anyhow::Result<Option<Cause>> {
+    /// A rollback that an earlier attempt began, and what it came to.
+    pub(super) async fn earlier_rollback(&self) -> anyhow::Result<Option<Earlier>> {
         let stages = self.agent.store.stages(self.build.id).await?;
-        let begun = stages
-            .iter()
-            .any(|row| row.stage == Stage::Rollback && row.status == StageStatus::Running);
-        Ok(self.build.cause.clone().filter(|_| begun))
+        let row = stages.iter().find(|row| row.stage == Stage::Rollback);
+        let (Some(row), Some(cause)) = (row, self.build.cause.clone()) else {
+            return Ok(None);
+        };
+        let outcome = match row.status {
+            StageStatus::Running | StageStatus::Canceled => return Ok(Some(Earlier::Begun(cause))),
+            StageStatus::Passed => {
+                let put_back: Option<PutBack> = self.baton(Stage::Rollback).await?;
+                match put_back.and_then(|put_back| put_back.release_id) {
+                    Some(id) => {
+                        self.agent.store.set_restored(self.build, id).await?;
+                        Outcome::RolledBack
+                    }
+                    None => Outcome::Removed,
+                }
+            }
+            StageStatus::Failed => Outcome::RollbackFailed,
+            StageStatus::Errored => Outcome::Unknown,
+        };
+        let environment = &self.build.environment;
+        let is_lost = matches!(outcome, Outcome::RollbackFailed | Outcome::Unknown);
+        self.agent.store.set_unsettled(environment, is_lost).await?;
+        Ok(Some(Earlier::Ended(Ended {
+            status: Status::Failed,
+            outcome,
+            cause: Some(cause),
+        })))
+    }
+
+    async fn planned_id(&self) -> anyhow::Result<Option<i64>> {
+        let build = self.agent.store.build(self.build.id).await?;
+        Ok(build.and_then(|build| build.release_id))
     }
 
     async fn stage_begun(&self, stage: Stage) -> anyhow::Result<bool> {
@@ -476,6 +577,22 @@ impl Line<'_> {
         Ok(millis
             .and_then(|millis| u64::try_from(millis).ok())
             .map(std::time::Duration::from_millis))
+    }
+}
+
+fn rollback_hint(
+    environment: &str,
+    goal: Option<&Release>,
+    why: &str,
+    by_hand: Option<String>,
+) -> String {
+    match (goal, by_hand) {
+        (Some(goal), _) => format!(
+            "the rollback failed ({why}); try it again: landfall undo {environment} --to {}",
+            goal.id
+        ),
+        (None, Some(commands)) => format!("the rollback failed ({why}); by hand: {commands}"),
+        (None, None) => format!("the rollback failed ({why})"),
     }
 }
 

@@ -52,7 +52,11 @@ pub async fn hold(scope: &Scope<'_>, release: Option<&Release>) -> StageResult<H
     }
     let holder = format!("build-{}", scope.build.id);
     let environment = &scope.environment.name;
-    Ok(lease::claim(&cluster, environment, &holder, scope.build.fence).await?)
+    // A Lease that was lost, or a command by hand, must not lock this environment out.
+    let objects = release.map_or(&[][..], |release| &release.objects);
+    let labels = lease::newest_label(&cluster, objects).await?;
+    let at_least = scope.build.fence.max(labels.saturating_add(1));
+    Ok(lease::claim(&cluster, environment, &holder, at_least).await?)
 }
 
 /// A release on its way into the cluster.
@@ -63,6 +67,8 @@ pub struct Applying<'a> {
     way: Way,
     rules: Rules<'a>,
     next: usize,
+    /// A Job that was applied and is to be waited for before anything else.
+    job: Option<AppliedObject>,
     deadline: Instant,
 }
 
@@ -94,18 +100,24 @@ impl<'a> Applying<'a> {
             way,
             rules,
             next: 0,
+            job: None,
             deadline: Instant::now() + APPLY_LIMIT,
         })
     }
 
-    /// Applies the next object; its place in the release, and what became of it. None after the last.
+    /// Applies the next object; its place in the release, and what became of it. None after the last. A Job is waited for
+    /// when the next one is asked for, so that it is recorded before.
     pub async fn next(&mut self) -> StageResult<Option<(usize, AppliedObject)>> {
+        if let Some(job) = self.job.take() {
+            self.finished(&job).await?;
+        }
         while let Some(object) = self.release.objects.get(self.next) {
             let ordinal = self.next;
             self.next += 1;
             let left = self.deadline.saturating_duration_since(Instant::now());
             let one = limited(&self.scope, "applying the release", left, self.one(object));
             if let Some(applied) = one.await? {
+                self.job = (applied.kind == "Job").then(|| applied.clone());
                 return Ok(Some((ordinal, applied)));
             }
         }
@@ -153,22 +165,30 @@ impl<'a> Applying<'a> {
         let live = self.held.cluster.get(&resource, name(object)).await;
         let live =
             live.map_err(|answer| answer.into_error(&format!("read {}", display_name(object))))?;
-        let applied = match live {
-            Some(live) => applied_object(&Done {
-                before: Some(live.clone()),
-                after: live,
-                notes: Vec::new(),
-            }),
-            None => self.apply(object).await?,
+        let Some(live) = live else {
+            return self.apply(object).await;
         };
+        let mut applied = applied_object(&Done {
+            before: Some(live.clone()),
+            after: live,
+            notes: Vec::new(),
+        });
+        if self.scope.build.attempt > 1 {
+            applied.change = self.planned(object);
+        }
+        Ok(applied)
+    }
+
+    async fn finished(&self, job: &AppliedObject) -> StageResult<()> {
+        let mut objects = self.release.objects.iter();
+        let object = objects.find(|object| job.is_named_by(object));
         let own = object
-            .pointer("/spec/activeDeadlineSeconds")
+            .and_then(|object| object.pointer("/spec/activeDeadlineSeconds"))
             .and_then(Value::as_u64);
         let usual = self.release.verify.timeout_seconds;
         let limit = Duration::from_secs(own.map_or(usual, |seconds| seconds.saturating_add(30)));
-        let shown = display_name(object);
-        limited(&self.scope, &shown, limit, self.wait_for_job(&applied)).await?;
-        Ok(applied)
+        let shown = job.display_name();
+        limited(&self.scope, &shown, limit, self.wait_for_job(job)).await
     }
 
     async fn wait_for_job(&self, applied: &AppliedObject) -> StageResult<()> {

@@ -115,7 +115,9 @@ pub async fn review(
 /// What is to be removed once the release is live; too much of it is left, and said.
 fn prune(scope: &Scope<'_>, objects: &[Value], created: &[AppliedObject]) -> Vec<AppliedObject> {
     let prunable = removal::prunable(created, objects);
-    if !scope.environment.prune_many && removal::is_too_much(prunable.len(), created.len()) {
+    // A Job leaves with each release.
+    let lasting = |objects: &[AppliedObject]| objects.iter().filter(|it| it.kind != "Job").count();
+    if !scope.environment.prune_many && removal::is_too_much(lasting(&prunable), lasting(created)) {
         scope.log.line(format!(
             "{} of {} objects of earlier releases are in the manifests no more: so many are not removed, unless the operator sets `prune_many: true` in agent.yaml",
             prunable.len(),

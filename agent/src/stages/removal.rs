@@ -53,7 +53,8 @@ pub fn left_over(failed: &[AppliedObject], back_to: Option<&Release>) -> Vec<App
         .filter(|object| object.change == Change::Created);
     created
         .filter(|object| !goal.iter().any(|wanted| object.is_named_by(wanted)))
-        .filter(|object| !KEPT.contains(&object.kind.as_str()))
+        // A Job that has run must not run again, and one that failed tells why.
+        .filter(|object| !KEPT.contains(&object.kind.as_str()) && object.kind != "Job")
         .rev()
         .cloned()
         .collect()
@@ -72,9 +73,9 @@ pub async fn run(
             Removal::Removed => scope.log.line(format!("{shown} removed")),
             Removal::Gone => scope.log.line(format!("{shown} is gone already")),
             Removal::Another => {
-                scope
-                    .log
-                    .line(format!("{shown} was made anew by another since: it stays"));
+                scope.log.line(format!(
+                    "{shown} was made anew or taken over by another since: it stays"
+                ));
             }
         }
         gone.push(object.uid.clone());

@@ -33,7 +33,8 @@ macro_rules! insert {
         if $build.ends_others {
             sqlx::query(
                 "UPDATE builds SET status = 'superseded', superseded_by = $1, finished_at = $2 \
-                 WHERE environment = $3 AND status = 'queued' AND branch = $4 AND ($5 = 'push' OR kind <> 'push')",
+                 WHERE environment = $3 AND status = 'queued' AND branch = $4 AND ($5 = 'push' OR kind <> 'push') \
+                 AND kind NOT IN ('undo', 'redo')",
             )
             .bind(id)
             .bind($at)
@@ -45,7 +46,7 @@ macro_rules! insert {
             sqlx::query(
                 "UPDATE builds SET superseded_by = $1 \
                  WHERE environment = $2 AND status = 'running' AND branch = $3 AND NOT deploying AND superseded_by IS NULL \
-                 AND ($4 = 'push' OR kind <> 'push')",
+                 AND ($4 = 'push' OR kind <> 'push') AND kind NOT IN ('undo', 'redo')",
             )
             .bind(id)
             .bind($build.environment)
@@ -82,6 +83,15 @@ macro_rules! insert {
     }};
 }
 pub(super) use insert;
+
+/// Lets go what an undo holds; a person's own pin stays.
+macro_rules! unpin {
+    () => {
+        "UPDATE environments SET pinned_reason = NULL, pinned_by = NULL, pinned_at = NULL \
+         WHERE name = $1 AND pinned_reason LIKE 'undo to release %'"
+    };
+}
+pub(super) use unpin;
 
 /// Which builds a list shows, newest first.
 #[derive(Debug, Clone, Default, serde::Deserialize)]
@@ -294,6 +304,10 @@ impl Store {
                 "UPDATE builds SET status = $3, outcome = $4, cause = $5, finished_at = $6 WHERE id = $1 AND fence = $2 AND status = 'running'")
             .bind(build.id).bind(build.fence).bind(status.as_str()).bind(outcome.as_str()).bind(&cause).bind(now())
             .execute(pool).await?.rows_affected());
+        if rows == 1 && build.kind == BuildKind::Undo && status != Status::Passed {
+            // It did not come about, so that nothing is to be held.
+            on!(&self.main, pool => sqlx::query(unpin!()).bind(&build.environment).execute(pool).await?.rows_affected());
+        }
         self.notify();
         Ok(rows == 1)
     }
@@ -309,8 +323,11 @@ impl Store {
             let mut tx = pool.begin_with(BEGIN).await?;
             sqlx::query("UPDATE builds SET cancel_requested = TRUE WHERE id = $1 AND status IN ('queued', 'running')")
                 .bind(id).execute(&mut *tx).await?;
-            sqlx::query("UPDATE builds SET status = 'canceled', finished_at = $2 WHERE id = $1 AND status = 'queued'")
-                .bind(id).bind(at).execute(&mut *tx).await?;
+            let ended = sqlx::query("UPDATE builds SET status = 'canceled', finished_at = $2 WHERE id = $1 AND status = 'queued'")
+                .bind(id).bind(at).execute(&mut *tx).await?.rows_affected();
+            if ended == 1 && build.kind == BuildKind::Undo {
+                sqlx::query(unpin!()).bind(&build.environment).execute(&mut *tx).await?;
+            }
             sqlx::query("INSERT INTO audit (at, actor, action, environment, build_id, detail) VALUES ($1, $2, 'cancel', $3, $4, '')")
                 .bind(at).bind(actor).bind(&build.environment).bind(id).execute(&mut *tx).await?;
             tx.commit().await?;

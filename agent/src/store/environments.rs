@@ -121,7 +121,8 @@ impl Store {
             .bind(environment).bind(limit).fetch_all(pool).await?))
     }
 
-    /// Queues the return to a release that served before, and pins the environment for an undo; a redo lets it go.
+    /// Queues the return to a release that served before, and pins the environment for an undo; a redo lets it go when it
+    /// is live.
     /// What runs and has not begun to deploy gives way.
     pub async fn bring_back(
         &self,
@@ -151,11 +152,11 @@ impl Store {
                 "UPDATE builds SET superseded_by = $1 WHERE environment = $2 AND status = 'running' AND NOT deploying AND superseded_by IS NULL",
             )
             .bind(id).bind(environment).execute(&mut *tx).await?;
-            if kind == BuildKind::Undo {
+            let held: Option<String> = sqlx::query_scalar("SELECT pinned_reason FROM environments WHERE name = $1")
+                .bind(environment).fetch_one(&mut *tx).await?;
+            // A person's own pin keeps its reason. A redo lets go once it is live.
+            if kind == BuildKind::Undo && held.is_none_or(|held| held.starts_with("undo to release ")) {
                 pin!(tx, environment, reason, by, at);
-            } else {
-                sqlx::query("UPDATE environments SET pinned_reason = NULL, pinned_by = NULL, pinned_at = NULL WHERE name = $1")
-                    .bind(environment).execute(&mut *tx).await?;
             }
             audit!(tx, at, by, kind.as_str(), environment, Some(id), reason);
             tx.commit().await?;
@@ -181,3 +182,117 @@ macro_rules! audit {
     };
 }
 use audit;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::builds::{Outcome, Status};
+    use crate::store::Delivery;
+
+    const ONE: &str = "1111111111111111111111111111111111111111";
+    const TWO: &str = "2222222222222222222222222222222222222222";
+
+    fn push(after: &str) -> Push {
+        Push {
+            repository_id: None,
+            repository: "acme/hello".to_owned(),
+            branch: "main".to_owned(),
+            before: "0000000000000000000000000000000000000000".to_owned(),
+            after: after.to_owned(),
+            pusher: "mona".to_owned(),
+            title: String::new(),
+            pushed_at: None,
+        }
+    }
+
+    async fn store() -> (tempfile::TempDir, Store) {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path(), None).await.unwrap();
+        let environment = crate::config::Environment {
+            name: "hello".to_owned(),
+            ..crate::config::Environment::of_person("hello", None, None, "hello".to_owned())
+        };
+        store.ensure_environments(&[environment]).await.unwrap();
+        (folder, store)
+    }
+
+    async fn deliver(store: &Store, after: &str) -> i64 {
+        let delivery = Delivery {
+            guid: String::new(),
+            event: "push".to_owned(),
+            body_hash: after.to_owned(),
+            body: Vec::new(),
+        };
+        store
+            .accept(&delivery, &push(after), &["hello"])
+            .await
+            .unwrap()[0]
+            .build
+    }
+
+    #[tokio::test]
+    async fn a_push_does_not_end_an_undo_and_the_undo_goes_first() {
+        let (_folder, store) = store().await;
+        let running = deliver(&store, ONE).await;
+        assert_eq!(store.claim("me").await.unwrap().unwrap().id, running);
+        let undo = store
+            .bring_back(&push(ONE), "hello", 1, BuildKind::Undo, "undo to release 1")
+            .await
+            .unwrap();
+        let later = deliver(&store, TWO).await;
+        let build = |id| store.build(id);
+        // What has not begun to deploy gives way.
+        assert_eq!(
+            build(running).await.unwrap().unwrap().superseded_by,
+            Some(undo)
+        );
+        assert_eq!(build(undo).await.unwrap().unwrap().status, Status::Queued);
+        let first = build(running).await.unwrap().unwrap();
+        store
+            .finish(&first, Status::Superseded, Outcome::Unchanged, None)
+            .await
+            .unwrap();
+        let claimed = store.claim("me").await.unwrap().unwrap();
+        assert_eq!((claimed.id, claimed.release_id), (undo, Some(1)));
+        assert!(store.begin_deploying(&claimed).await.unwrap());
+        store
+            .finish(&claimed, Status::Passed, Outcome::Live, None)
+            .await
+            .unwrap();
+        // The pin holds the push back at its last moment too.
+        let held = store.claim("me").await.unwrap().unwrap();
+        assert_eq!(held.id, later);
+        assert!(!store.begin_deploying(&held).await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn an_undo_that_does_not_come_about_holds_nothing_and_a_persons_pin_stays() {
+        let (_folder, store) = store().await;
+        let undo = async || {
+            store
+                .bring_back(&push(ONE), "hello", 1, BuildKind::Undo, "undo to release 1")
+                .await
+                .unwrap()
+        };
+        let id = undo().await;
+        assert_eq!(
+            store.pinned("hello").await.unwrap().unwrap().reason,
+            "undo to release 1"
+        );
+        store.cancel(id, "admin").await.unwrap();
+        assert_eq!(store.pinned("hello").await.unwrap(), None);
+        undo().await;
+        let claimed = store.claim("me").await.unwrap().unwrap();
+        store
+            .finish(&claimed, Status::Failed, Outcome::RolledBack, None)
+            .await
+            .unwrap();
+        assert_eq!(store.pinned("hello").await.unwrap(), None);
+
+        store.pin("hello", "sale", "mona").await.unwrap();
+        let id = undo().await;
+        assert_eq!(store.pinned("hello").await.unwrap().unwrap().reason, "sale");
+        store.cancel(id, "admin").await.unwrap();
+        assert_eq!(store.pinned("hello").await.unwrap().unwrap().reason, "sale");
+    }
+}

@@ -3,8 +3,9 @@
 use sqlx::{FromRow, Row};
 
 use super::Store;
+use super::builds::unpin;
 use super::dialect::on;
-use crate::builds::{Build, Millis, now};
+use crate::builds::{Build, BuildKind, Millis, now};
 use crate::release::{AppliedObject, Change, Evidence, Release};
 
 impl Store {
@@ -33,16 +34,20 @@ impl Store {
         Ok(id)
     }
 
-    /// Records what stood in an environment before its first release, so that it can be put back; once.
+    /// Records what stands in an environment before anything of ours has served there, so that it can be put back.
     pub async fn adopt(&self, build: &Build, found: &Release) -> anyhow::Result<()> {
         on!(&self.main, pool, BEGIN, _lock => {
             let mut tx = pool.begin_with(BEGIN).await?;
             let known: Option<i64> = sqlx::query_scalar("SELECT id FROM releases WHERE environment = $1 AND state = 'adopted'")
                 .bind(&found.environment).fetch_optional(&mut *tx).await?;
-            if known.is_none() {
-                let id: i64 = number!(tx);
-                insert!(tx, id, build, found, "adopted");
-            }
+            let id = match known {
+                Some(id) => {
+                    sqlx::query("DELETE FROM releases WHERE id = $1").bind(id).execute(&mut *tx).await?;
+                    id
+                }
+                None => number!(tx),
+            };
+            insert!(tx, id, build, found, "adopted");
             tx.commit().await?;
         });
         Ok(())
@@ -79,26 +84,64 @@ impl Store {
         ordinal: usize,
         object: &AppliedObject,
     ) -> anyhow::Result<()> {
+        let ordinal = i64::try_from(ordinal)?;
         let rows = on!(&self.main, pool => sqlx::query(
                 "INSERT INTO release_objects (release_id, ordinal, api_version, kind, namespace, name, uid, change) \
                  SELECT $1, $2, $3, $4, $5, $6, $7, $8 WHERE EXISTS (SELECT 1 FROM builds WHERE id = $9 AND fence = $10) \
                  ON CONFLICT (release_id, ordinal) DO UPDATE SET uid = $7, removed_at = NULL, change = \
                  CASE WHEN release_objects.change = 'created' AND release_objects.uid = $7 THEN 'created' \
                  WHEN release_objects.change = 'changed' AND $8 = 'unchanged' THEN 'changed' ELSE $8 END")
-            .bind(release_id).bind(i64::try_from(ordinal)?).bind(&object.api_version).bind(&object.kind).bind(&object.namespace)
+            .bind(release_id).bind(ordinal).bind(&object.api_version).bind(&object.kind).bind(&object.namespace)
             .bind(&object.name).bind(&object.uid).bind(object.change.as_str()).bind(build.id).bind(build.fence)
             .execute(pool).await?.rows_affected());
         anyhow::ensure!(rows == 1, "build #{} is no longer ours", build.id);
         Ok(())
     }
 
-    /// What was applied of a release, in its order, less what was removed since.
-    pub async fn applied(&self, release_id: i64) -> anyhow::Result<Vec<AppliedObject>> {
+    /// As `record_applied`, for what a build did on its way forward: that is what its rollback undoes.
+    pub async fn record_touched(
+        &self,
+        build: &Build,
+        ordinal: usize,
+        object: &AppliedObject,
+    ) -> anyhow::Result<()> {
+        let ordinal = i64::try_from(ordinal)?;
+        on!(&self.main, pool => sqlx::query(
+                "INSERT INTO build_objects (build_id, ordinal, api_version, kind, namespace, name, uid, change) \
+                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT (build_id, ordinal) DO UPDATE SET uid = $7, change = \
+                 CASE WHEN build_objects.change = 'created' AND build_objects.uid = $7 THEN 'created' \
+                 WHEN build_objects.change = 'changed' AND $8 = 'unchanged' THEN 'changed' ELSE $8 END")
+            .bind(build.id).bind(ordinal).bind(&object.api_version).bind(&object.kind).bind(&object.namespace)
+            .bind(&object.name).bind(&object.uid).bind(object.change.as_str())
+            .execute(pool).await?.rows_affected());
+        Ok(())
+    }
+
+    /// What a build applied on its way forward, in its order.
+    pub async fn touched(&self, build_id: i64) -> anyhow::Result<Vec<AppliedObject>> {
         let rows: Vec<ObjectRow> = on!(&self.main, pool => sqlx::query_as(
-                "SELECT release_id, ordinal, api_version, kind, namespace, name, uid, change FROM release_objects \
-                 WHERE release_id = $1 AND removed_at IS NULL ORDER BY ordinal")
-            .bind(release_id).fetch_all(pool).await?);
+                "SELECT build_id AS release_id, api_version, kind, namespace, name, uid, change FROM build_objects \
+                 WHERE build_id = $1 ORDER BY ordinal")
+            .bind(build_id).fetch_all(pool).await?);
         rows.into_iter().map(ObjectRow::object).collect()
+    }
+
+    /// Whether this build has brought the release that serves: then nothing but its end is left.
+    pub async fn is_served_by(&self, build: &Build) -> anyhow::Result<bool> {
+        let known: Option<i64> = on!(&self.main, pool => sqlx::query_scalar("SELECT build_id FROM servings WHERE build_id = $1 AND ended_at IS NULL")
+            .bind(build.id).fetch_optional(pool).await?);
+        Ok(known.is_some())
+    }
+
+    /// Whether what stands in an environment is known to be what stood there before us: nothing was tried, or the last try
+    /// was undone.
+    pub async fn is_as_found(&self, environment: &str) -> anyhow::Result<bool> {
+        let outcome: Option<String> = on!(&self.main, pool => sqlx::query_scalar(
+                "SELECT outcome FROM builds WHERE environment = $1 AND release_id IS NOT NULL AND finished_at IS NOT NULL ORDER BY id DESC LIMIT 1")
+            .bind(environment).fetch_optional(pool).await?);
+        Ok(outcome.is_none_or(|outcome| {
+            matches!(outcome.as_str(), "rolled_back" | "removed" | "unchanged")
+        }))
     }
 
     /// What releases of an environment created and nobody has removed by our word, newest first, and of which release.
@@ -158,6 +201,9 @@ impl Store {
                  ON CONFLICT (build_id) DO UPDATE SET revisions = $4, ended_at = NULL, ended_why = NULL",
             )
             .bind(build.id).bind(&release.environment).bind(release.id).bind(&revisions).bind(at).execute(&mut *tx).await?;
+            if build.kind == BuildKind::Redo {
+                sqlx::query(unpin!()).bind(&release.environment).execute(&mut *tx).await?;
+            }
             sqlx::query("DELETE FROM quarantine WHERE environment = $1 AND commit_id = $2")
                 .bind(&release.environment).bind(&release.commit).execute(&mut *tx).await?;
             tx.commit().await?;
@@ -166,12 +212,13 @@ impl Store {
         Ok(())
     }
 
-    /// The release is not to be deployed again by itself: its row says so, and its commit is held back.
+    /// The release has not gone live; where it `is_at_fault` its commit is not deployed again by itself.
     pub async fn release_failed(
         &self,
         build: &Build,
         release: &Release,
         why: &str,
+        is_at_fault: bool,
     ) -> anyhow::Result<()> {
         let at = now();
         on!(&self.main, pool, BEGIN, _lock => {
@@ -181,12 +228,12 @@ impl Store {
                  EXISTS (SELECT 1 FROM builds WHERE id = $4 AND fence = $5)",
             )
             .bind(release.id).bind(at).bind(why).bind(build.id).bind(build.fence).execute(&mut *tx).await?;
-            if !build.kind.brings_back() {
+            if is_at_fault {
                 sqlx::query(
-                    "INSERT INTO quarantine (environment, commit_id, build_id, at) VALUES ($1, $2, $3, $4) \
-                     ON CONFLICT (environment, commit_id) DO UPDATE SET build_id = $3, at = $4",
+                    "INSERT INTO quarantine (environment, commit_id, build_id, at) SELECT $1, $2, $3, $4 \
+                     WHERE EXISTS (SELECT 1 FROM builds WHERE id = $3 AND fence = $5) ON CONFLICT (environment, commit_id) DO UPDATE SET build_id = $3, at = $4",
                 )
-                .bind(&release.environment).bind(&release.commit).bind(build.id).bind(at).execute(&mut *tx).await?;
+                .bind(&release.environment).bind(&release.commit).bind(build.id).bind(at).bind(build.fence).execute(&mut *tx).await?;
             }
             tx.commit().await?;
         });

@@ -322,6 +322,11 @@ impl Landfall {
         )
     }
 
+    /// A request that nobody has sent yet, without the token.
+    pub fn request(&self, method: reqwest::Method, path: &str) -> reqwest::RequestBuilder {
+        self.http.request(method, self.url(path))
+    }
+
     pub async fn get(&self, path: &str) -> Value {
         let answer = self.http.get(self.url(path)).send().await.unwrap();
         assert!(

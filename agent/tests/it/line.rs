@@ -696,3 +696,26 @@ async fn a_cluster_or_engine_that_is_away_ends_as_errored_and_never_as_failed() 
         build["cause"]
     );
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_path_of_the_openapi_description_is_there() {
+    let landfall = Landfall::start("openapi").await;
+    let description = landfall.get("/api/openapi.json").await;
+    let paths = description["paths"].as_object().unwrap();
+    assert!(paths.len() >= 15, "{}", paths.len());
+    for (path, methods) in paths {
+        let path = path.replace("{id}", "1").replace("{name}", "hello");
+        for method in methods.as_object().unwrap().keys() {
+            let request = match method.as_str() {
+                "get" => landfall.request(reqwest::Method::GET, &path),
+                _ => landfall.request(reqwest::Method::POST, &path),
+            };
+            let answer = request.send().await.unwrap();
+            let (status, text) = (answer.status().as_u16(), answer.text().await.unwrap());
+            assert!(
+                !text.contains("no such path") && status != 405,
+                "{method} {path}: {status} {text}"
+            );
+        }
+    }
+}

@@ -21,6 +21,7 @@ mod standalone;
 mod support;
 mod test_stage;
 mod tidy;
+mod traffic;
 mod transaction;
 mod verify;
 mod yaml;

@@ -29,7 +29,7 @@ const PURE: [&str; 20] = [
     "stages/failed_tests",
     "stages/steps",
 ];
-const DOES_IO: [&str; 18] = [
+const DOES_IO: [&str; 19] = [
     "api",
     "build_log",
     "cli",
@@ -42,6 +42,7 @@ const DOES_IO: [&str; 18] = [
     "git",
     "github",
     "manifests::files",
+    "manifests::kustomize",
     "queue",
     "runner",
     "server",

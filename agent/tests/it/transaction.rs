@@ -386,3 +386,62 @@ async fn a_commit_that_failed_is_not_deployed_again_unless_asked() {
         ("failed", "rolled_back")
     );
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_migration_that_fails_stops_the_release_and_its_log_is_kept() {
+    let mut landfall = Landfall::start("migration").await;
+    let job = |command: &str| {
+        format!(
+            "apiVersion: batch/v1\nkind: Job\nmetadata:\n  name: migrate\nspec:\n  backoffLimit: 0\n  template:\n    spec:\n      restartPolicy: Never\n      \
+             containers:\n        - name: migrate\n          image: {}\n          command: [sh, -c, \"{command}\"]\n",
+            busybox()
+        )
+    };
+    live(
+        &mut landfall,
+        &[("kubernetes/migrate.yaml", &job("echo migrated"))],
+    )
+    .await;
+    let serving = landfall.served("/version");
+    let files = [
+        (
+            "kubernetes/migrate.yaml",
+            job("echo fatal: column exists; exit 4"),
+        ),
+        ("www/index.html", "Hello two".to_owned()),
+    ];
+    let files: Vec<(&str, &str)> = files
+        .iter()
+        .map(|(path, text)| (*path, text.as_str()))
+        .collect();
+    let id = landfall.push(&files).await;
+    let build = landfall.end(id).await;
+    let log = landfall.log(id).await;
+    assert_eq!(ended(&build), ("failed", "rolled_back"), "{build:#}\n{log}");
+    assert_eq!(build["cause"]["id"], "job_failed");
+    assert!(
+        build["cause"]["sentence"]
+            .as_str()
+            .unwrap()
+            .contains("column exists"),
+        "{build:#}"
+    );
+    assert_eq!(
+        landfall.served("/version"),
+        serving,
+        "the workload was touched"
+    );
+    let evidence = landfall
+        .get(&format!("/api/builds/{id}/evidence"))
+        .await
+        .to_string();
+    assert!(evidence.contains("column exists"), "{evidence}");
+    // Mended, it runs; what is done is not run again by the next push.
+    live(
+        &mut landfall,
+        &[("kubernetes/migrate.yaml", &job("echo migrated again"))],
+    )
+    .await;
+    let jobs = || kubectl(&["-n", &landfall.namespace.0, "get", "jobs", "-o", "name"]);
+    assert_eq!(jobs().lines().count(), 1, "{}", jobs());
+}

@@ -1,0 +1,170 @@
+//! People who use the app while it is released, well and badly: a steady load, each request on a new connection.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, interval, timeout};
+
+use crate::landfall::Landfall;
+use crate::support::kubectl;
+
+const PER_SECOND: u64 = 200;
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+/// Of the node, for this test alone; the demo's and the sample's is another.
+const NODE_PORT: u16 = 30090;
+const ROUNDS: usize = 5;
+
+/// Asks until it is told to stop; how many requests were sent, and why some were not answered well.
+struct Load {
+    stop: Arc<AtomicBool>,
+    task: JoinHandle<(u64, Vec<String>)>,
+}
+
+impl Load {
+    fn start(address: String) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let task = tokio::spawn({
+            let stop = Arc::clone(&stop);
+            async move {
+                let (mut asked, mut requests) = (0, tokio::task::JoinSet::new());
+                let mut failed = Vec::new();
+                let mut tick =
+                    interval(Duration::from_secs(1) / u32::try_from(PER_SECOND).unwrap());
+                let began = Instant::now();
+                while !stop.load(Ordering::Relaxed) {
+                    tick.tick().await;
+                    asked += 1;
+                    let address = address.clone();
+                    let at = began.elapsed();
+                    requests.spawn(async move {
+                        let answer = timeout(ANSWER_LIMIT, ask(&address)).await;
+                        answer
+                            .unwrap_or_else(|_| Err("no answer in time".to_owned()))
+                            .map_err(|why| format!("after {:.1} s: {why}", at.as_secs_f64()))
+                    });
+                    while let Some(answered) = requests.try_join_next() {
+                        failed.extend(answered.unwrap().err());
+                    }
+                }
+                failed.extend(
+                    requests
+                        .join_all()
+                        .await
+                        .into_iter()
+                        .filter_map(Result::err),
+                );
+                (asked, failed)
+            }
+        });
+        Self { stop, task }
+    }
+
+    async fn stop(self) -> (u64, Vec<String>) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.task.await.unwrap()
+    }
+}
+
+async fn ask(address: &str) -> Result<(), String> {
+    let said = |error: std::io::Error| error.to_string();
+    let mut stream = TcpStream::connect(address).await.map_err(said)?;
+    stream
+        .write_all(b"GET /index.html HTTP/1.0\r\n\r\n")
+        .await
+        .map_err(said)?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).await.map_err(said)?;
+    match answer.starts_with(b"HTTP/1.0 200") || answer.starts_with(b"HTTP/1.1 200") {
+        true => Ok(()),
+        false => Err(format!(
+            "answered {:?}",
+            String::from_utf8_lossy(&answer).lines().next()
+        )),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_request_is_lost_over_good_and_bad_releases() {
+    let mut landfall = Landfall::start("traffic").await;
+    let read = |landfall: &Landfall, name: &str| {
+        std::fs::read_to_string(landfall.path(&format!("work/kubernetes/{name}"))).unwrap()
+    };
+    let deployment = read(&landfall, "deployment.yaml")
+        .replace("  replicas: 2\n", "  replicas: 2\n  strategy:\n    rollingUpdate:\n      maxSurge: 1\n      maxUnavailable: 0\n")
+        .replace("terminationGracePeriodSeconds: 1\n", "terminationGracePeriodSeconds: 10\n")
+        .replace("          readinessProbe:\n", "          lifecycle:\n            preStop:\n              sleep:\n                seconds: 4\n          readinessProbe:\n");
+    let service = read(&landfall, "service.yaml")
+        .replace("spec:\n", "spec:\n  type: NodePort\n")
+        .replace(
+            "targetPort: http\n",
+            &format!("targetPort: http\n      nodePort: {NODE_PORT}\n"),
+        );
+    let good = "exec httpd -f -p 5000 -h /www";
+    let id = landfall
+        .push(&[
+            ("kubernetes/deployment.yaml", &deployment),
+            ("kubernetes/service.yaml", &service),
+        ])
+        .await;
+    let first = landfall.end(id).await;
+    assert_eq!(
+        first["outcome"],
+        "live",
+        "{first:#}\n{}",
+        landfall.log(id).await
+    );
+    let address = kubectl(&[
+        "get",
+        "nodes",
+        "-o",
+        "jsonpath={.items[0].status.addresses[?(@.type==\"InternalIP\")].address}",
+    ]);
+    let address = format!("{address}:{NODE_PORT}");
+    crate::support::eventually(
+        "the node's port answers",
+        Duration::from_secs(20),
+        async || ask(&address).await.ok(),
+    )
+    .await;
+
+    let load = Load::start(address);
+    for round in 0..ROUNDS {
+        let page = format!("Hello {round}");
+        let id = landfall
+            .push(&[("start.sh", good), ("www/index.html", &page)])
+            .await;
+        let build = landfall.end(id).await;
+        assert_eq!(
+            build["outcome"],
+            "live",
+            "{build:#}\n{}",
+            landfall.log(id).await
+        );
+        let id = landfall
+            .push(&[("start.sh", "echo fatal: broken >&2; exit 1")])
+            .await;
+        let build = landfall.end(id).await;
+        assert_eq!(
+            build["outcome"],
+            "rolled_back",
+            "{build:#}\n{}",
+            landfall.log(id).await
+        );
+    }
+    let (asked, failed) = load.stop().await;
+    println!(
+        "{asked} requests over {ROUNDS} good and {ROUNDS} bad releases, {} failed",
+        failed.len()
+    );
+    assert!(asked > PER_SECOND * 20, "only {asked} requests");
+    assert!(
+        failed.is_empty(),
+        "{} of {asked} requests failed: {:#?}",
+        failed.len(),
+        &failed[..failed.len().min(10)]
+    );
+}
