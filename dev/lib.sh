@@ -45,3 +45,29 @@ need_free_port() {
         fail "port $1 on 127.0.0.1 is in use" "end what listens there, or move ours: $2=<another port>"
     fi
 }
+
+declare -gA begun=() # name → pid
+
+# begin NAME COMMAND...: runs it beside what follows, for what computes while others wait for the network; `finish NAME` waits
+# for it, says that it goes on, and shows the end of its log where it failed.
+begin() {
+    local name=$1
+    shift
+    mkdir -p "$cache"
+    "$@" > "$cache/$name.log" 2>&1 < /dev/null &
+    begun[$name]=$!
+    trap 'kill "${begun[@]}" 2> /dev/null || true' EXIT
+}
+
+finish() {
+    local name=$1 pid=${begun[$1]} began=$SECONDS
+    while kill -0 "$pid" 2> /dev/null; do
+        sleep 0.5
+        if ((SECONDS - began >= 30)); then
+            say "  $name: $(tail -n 1 "$cache/$name.log")"
+            began=$SECONDS
+        fi
+    done
+    wait "$pid" || fail_with_log "$name failed" "$cache/$name.log"
+    unset "begun[$name]"
+}

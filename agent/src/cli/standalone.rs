@@ -123,14 +123,13 @@ pub async fn with_log<T>(
     let log = BuildLog::new(Masker::default(), LOG_BYTES_MAX, 0);
     let stage_log = log.stage(stage);
     let cancel = CancellationToken::new();
+    let mut cleaner = terminal::Cleaner::new(false);
     let printing = async {
         while let Some(lines) = log.drain().await {
             for line in lines {
                 let text = String::from_utf8_lossy(&line.bytes).into_owned();
-                terminal::print(&format!(
-                    "{}\n",
-                    terminal::plain(text.trim_end_matches('\n'))
-                ))?;
+                let text = cleaner.clean(text.trim_end_matches('\n'));
+                terminal::print(&format!("{text}\n"))?;
             }
         }
         anyhow::Ok(())

@@ -13,9 +13,9 @@ use super::snapshot::{
 use crate::builds::Cause;
 
 /// What is wrong for good is believed when it has been seen for this long: the cluster's parts hear of each other late.
-const PERMANENT: Duration = Duration::from_secs(3);
+const PERMANENT: Duration = Duration::from_secs(2);
 /// A ConfigMap, a Secret or a ServiceAccount of the same set reaches the kubelet a moment later than its pod.
-const CONFIGURATION: Duration = Duration::from_secs(3);
+const CONFIGURATION: Duration = Duration::from_secs(2);
 /// The container runtime was asked and failed; it is asked again within this.
 const RUNTIME: Duration = Duration::from_secs(10);
 /// Something on the way that may pass by itself: a registry that restarts, a webhook that is rolled.

@@ -27,6 +27,8 @@ pub struct Landfall {
     port: u16,
     http: reqwest::Client,
     last: String,
+    /// What the agent is given besides our own environment.
+    variables: Vec<(String, String)>,
 }
 
 impl Landfall {
@@ -81,6 +83,7 @@ impl Landfall {
             agent: None,
             git: server,
             last: ZERO.to_owned(),
+            variables: Vec::new(),
             folder,
             namespace,
         };
@@ -149,6 +152,7 @@ impl Landfall {
             .unwrap();
         let child = self
             .command(&["serve", "--config", "agent.yaml"])
+            .envs(self.variables.clone())
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log)
@@ -166,6 +170,22 @@ impl Landfall {
                 .map(drop)
         })
         .await;
+    }
+
+    /// Ends the agent and starts it with a changed agent.yaml and further variables.
+    pub async fn restart(&mut self, from: &str, to: &str, variables: &[(&str, &str)]) {
+        self.terminate();
+        let config = fs::read_to_string(self.path("agent.yaml")).unwrap();
+        assert!(config.contains(from), "{config}");
+        fs::write(self.path("agent.yaml"), config.replace(from, to)).unwrap();
+        let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        self.variables = variables.iter().map(owned).collect();
+        self.run().await;
+    }
+
+    /// Where the repository is served.
+    pub fn git_url(&self) -> String {
+        self.git.url("hello.git")
     }
 
     /// `kill -9`.

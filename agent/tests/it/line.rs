@@ -719,3 +719,79 @@ async fn every_path_of_the_openapi_description_is_there() {
         }
     }
 }
+
+/// TLS before the git server, by a certificate of its own.
+struct Tls(std::process::Child);
+
+impl Drop for Tls {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_repository_comes_over_https_and_only_from_who_is_trusted() {
+    let mut landfall = Landfall::start("https").await;
+    let (key, certificate) = (landfall.path("key.pem"), landfall.path("certificate.pem"));
+    let made = std::process::Command::new("openssl")
+        .args([
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-days",
+            "1",
+            "-subj",
+            "/CN=localhost",
+        ])
+        .args(["-addext", "subjectAltName=DNS:localhost", "-keyout"])
+        .arg(&key)
+        .arg("-out")
+        .arg(&certificate)
+        .output()
+        .unwrap();
+    assert!(
+        made.status.success(),
+        "{}",
+        String::from_utf8_lossy(&made.stderr)
+    );
+    let port = crate::landfall::free_port();
+    let plain = landfall.git_url();
+    let server = url::Url::parse(&plain).unwrap().port().unwrap();
+    let listen = format!(
+        "OPENSSL-LISTEN:{port},bind=127.0.0.1,reuseaddr,fork,verify=0,cert={},key={}",
+        certificate.display(),
+        key.display()
+    );
+    let socat = std::process::Command::new("socat")
+        .arg(listen)
+        .arg(format!("TCP:127.0.0.1:{server}"))
+        .spawn();
+    let _tls = Tls(socat.expect("socat is needed"));
+    let https = format!("https://localhost:{port}/hello.git");
+    landfall.restart(&plain, &https, &[]).await;
+    let id = landfall.push(&[]).await;
+    let refused = landfall.end(id).await;
+    let log = landfall.log(id).await;
+    assert_eq!(refused["status"], "errored", "{refused:#}\n{log}");
+    assert!(
+        refused.to_string().to_lowercase().contains("certificate"),
+        "{refused:#}\n{log}"
+    );
+
+    let trusted = certificate.display().to_string();
+    landfall
+        .restart(&https, &https, &[("SSL_CERT_FILE", &trusted)])
+        .await;
+    let id = landfall.push(&[("www/index.html", "Hello over TLS")]).await;
+    let build = landfall.end(id).await;
+    assert_eq!(
+        build["outcome"],
+        "live",
+        "{build:#}\n{}",
+        landfall.log(id).await
+    );
+    assert!(landfall.log(id).await.contains(&https));
+}
