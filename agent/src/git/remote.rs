@@ -189,7 +189,9 @@ fn judge(error: &git2::Error, request: &Request, talk: &Talk) -> Failure {
         let why = refused.unwrap_or_else(|| text.to_owned());
         return Trouble::Setup(format!("{url} refuses us: {why}")).into();
     }
-    if error.code() == ErrorCode::Certificate {
+    let is_untrusted =
+        error.class() == ErrorClass::Ssl && text.to_lowercase().contains("certificate");
+    if error.code() == ErrorCode::Certificate || is_untrusted {
         return Trouble::Setup(match talk.host_key.borrow().as_deref() {
             Some(key) => format!(
                 "{url} shows the host key {key}, which `known_hosts` does not hold: compare it with what the server's owner publishes, then add it there (and only then)"

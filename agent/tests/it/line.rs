@@ -772,8 +772,13 @@ async fn a_repository_comes_over_https_and_only_from_who_is_trusted() {
     let _tls = Tls(socat.expect("socat is needed"));
     let https = format!("https://localhost:{port}/hello.git");
     landfall.restart(&plain, &https, &[]).await;
+    let begun = std::time::Instant::now();
     let id = landfall.push(&[]).await;
     let refused = landfall.end(id).await;
+    assert!(
+        begun.elapsed() < Duration::from_secs(30),
+        "it was waited for"
+    );
     let log = landfall.log(id).await;
     assert_eq!(refused["status"], "errored", "{refused:#}\n{log}");
     assert!(
