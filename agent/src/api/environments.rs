@@ -13,11 +13,11 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::{
-    ADMIN, ApiError, NO_COMMIT, accepted, current_build, enqueue, read_body, unknown_environment,
+    ADMIN, ApiError, accepted, as_pushed, current_build, enqueue, read_body, unknown_environment,
     view,
 };
 use crate::app::App;
-use crate::builds::{BuildKind, Push};
+use crate::builds::BuildKind;
 use crate::config::Environment;
 use crate::store::Serving;
 
@@ -152,7 +152,7 @@ pub async fn unpin(State(app): State<App>, Path(name): Path<String>) -> Result<R
         let answer = Json(json!({"environment": environment.name, "pinned": null, "build": null}));
         return Ok(axum::response::IntoResponse::into_response(answer));
     }
-    let push = push(environment, String::new(), String::new());
+    let push = as_pushed(environment, String::new(), String::new());
     enqueue(&app, &environment.name, &push, BuildKind::Manual).await
 }
 
@@ -200,26 +200,13 @@ async fn bring_back(
     kind: BuildKind,
     reason: &str,
 ) -> Result<Response, ApiError> {
-    let push = push(environment, target.commit.clone(), target.title.clone());
+    let push = as_pushed(environment, target.commit.clone(), target.title.clone());
     let name = &environment.name;
     let id = app
         .store
         .bring_back(&push, name, target.release, kind, reason)
         .await?;
     accepted(app, id).await
-}
-
-fn push(environment: &Environment, commit: String, title: String) -> Push {
-    Push {
-        repository_id: None,
-        repository: environment.repository.clone(),
-        branch: environment.branch.clone(),
-        before: NO_COMMIT.to_owned(),
-        after: commit,
-        pusher: ADMIN.to_owned(),
-        title,
-        pushed_at: None,
-    }
 }
 
 /// What served, as an editor keeps its steps: an undo takes the last ones away, a redo brings them back, and a new release

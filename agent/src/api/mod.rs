@@ -294,16 +294,21 @@ fn manual_push(environment: &Environment, asked: &ManualBuild) -> Result<Push, A
             "{commit:?} is no commit: a commit has all of its 40 hex digits (`git rev-parse` prints them)"
         ));
     }
-    Ok(Push {
+    Ok(as_pushed(environment, commit, String::new()))
+}
+
+/// What a delivery would have said, had a person pushed it.
+fn as_pushed(environment: &Environment, commit: String, title: String) -> Push {
+    Push {
         repository_id: None,
         repository: environment.repository.clone(),
         branch: environment.branch.clone(),
         before: NO_COMMIT.to_owned(),
         after: commit,
         pusher: ADMIN.to_owned(),
-        title: String::new(),
+        title,
         pushed_at: None,
-    })
+    }
 }
 
 async fn enqueue(

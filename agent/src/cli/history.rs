@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::Value;
 
 use super::terminal::{self, plain, say};
-use super::{OutputArgument, ServerArguments, status::ago};
+use super::{EnvironmentArguments, status::ago};
 use crate::builds::{Millis, human_duration, now, short};
 use crate::client::{self, Served};
 
@@ -16,20 +16,14 @@ use crate::client::{self, Served};
     after_help = "Examples:\n  landfall history hello\n  landfall history hello --output json\n\nThe column `revision` is the number of `kubectl rollout history`."
 )]
 pub struct Arguments {
-    /// An environment of agent.yaml; may be left out where there is one only
-    #[arg(value_name = "ENVIRONMENT")]
-    environment: Option<String>,
     #[command(flatten)]
-    output: OutputArgument,
-    #[command(flatten)]
-    server: ServerArguments,
+    environment: EnvironmentArguments,
 }
 
 pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    let client = arguments.server.client()?;
-    let environment = super::environment(&client, arguments.environment.as_deref()).await?;
+    let (client, environment) = arguments.environment.find().await?;
     let answer = client.releases(&environment).await?;
-    if arguments.output.is_json() {
+    if arguments.environment.output.is_json() {
         terminal::print_json(&answer)?;
         return Ok(ExitCode::SUCCESS);
     }

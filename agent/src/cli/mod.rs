@@ -39,7 +39,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::client::{Client, Problem};
+use crate::client::{self, Client, Place, Problem};
 use crate::config::{self, Access};
 use terminal::say;
 
@@ -134,6 +134,37 @@ impl ServerArguments {
     pub fn client(&self) -> anyhow::Result<Client> {
         let access = Access::find(self.server.as_deref(), self.config.as_deref())?;
         Client::new(access)
+    }
+}
+
+/// Which environment of which agent is meant, and how the answer is printed.
+#[derive(Debug, Args)]
+pub struct EnvironmentArguments {
+    /// An environment of agent.yaml; may be left out where there is one only
+    #[arg(value_name = "ENVIRONMENT")]
+    environment: Option<String>,
+    #[command(flatten)]
+    pub output: OutputArgument,
+    #[command(flatten)]
+    server: ServerArguments,
+}
+
+impl EnvironmentArguments {
+    /// The agent, and the environment that is meant there.
+    pub async fn find(&self) -> anyhow::Result<(Client, String)> {
+        let client = self.server.client()?;
+        if let Some(name) = &self.environment {
+            return Ok((client, name.clone()));
+        }
+        let places: Vec<Place> = client::read_list(&client.environments().await?, "environments")?;
+        match places.as_slice() {
+            [only] => Ok((client, only.name.clone())),
+            [] => anyhow::bail!("the agent has no environment"),
+            several => {
+                let names: Vec<&str> = several.iter().map(|place| place.name.as_str()).collect();
+                anyhow::bail!("say which environment: the agent has {}", names.join(", "))
+            }
+        }
     }
 }
 
@@ -271,23 +302,6 @@ fn hint(problem: &Problem) -> Option<&'static str> {
             "set LANDFALL_TOKEN or LANDFALL_TOKEN_FILE, or name the agent's file with --config agent.yaml",
         ),
         Problem::Refused { .. } => None,
-    }
-}
-
-/// The environment that is meant: the only one that the agent has, where none is named.
-async fn environment(client: &Client, named: Option<&str>) -> anyhow::Result<String> {
-    if let Some(name) = named {
-        return Ok(name.to_owned());
-    }
-    let places: Vec<crate::client::Place> =
-        crate::client::read_list(&client.environments().await?, "environments")?;
-    match places.as_slice() {
-        [only] => Ok(only.name.clone()),
-        [] => anyhow::bail!("the agent has no environment"),
-        several => {
-            let names: Vec<&str> = several.iter().map(|place| place.name.as_str()).collect();
-            anyhow::bail!("say which environment: the agent has {}", names.join(", "))
-        }
     }
 }
 

@@ -6,46 +6,35 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::terminal::{self, say};
-use super::{OutputArgument, ServerArguments, WaitArguments, build};
+use super::{EnvironmentArguments, WaitArguments, build};
 
 /// Hold an environment at its release: new pushes are skipped
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  landfall pin hello --reason \"sale until Monday\"")]
 pub struct Arguments {
-    /// An environment of agent.yaml; may be left out where there is one only
-    #[arg(value_name = "ENVIRONMENT")]
-    environment: Option<String>,
+    #[command(flatten)]
+    environment: EnvironmentArguments,
     /// Why; whoever finds the pin will ask
     #[arg(long, value_name = "TEXT")]
     reason: String,
-    #[command(flatten)]
-    output: OutputArgument,
-    #[command(flatten)]
-    server: ServerArguments,
 }
 
 /// Let an environment go; where something else was pushed meanwhile, the branch's head is built
 #[derive(Debug, Args)]
 #[command(after_help = concat!("Examples:\n  landfall unpin hello\n\n", exit_codes!()))]
 pub struct UnpinArguments {
-    /// An environment of agent.yaml; may be left out where there is one only
-    #[arg(value_name = "ENVIRONMENT")]
-    environment: Option<String>,
+    #[command(flatten)]
+    environment: EnvironmentArguments,
     #[command(flatten)]
     wait: WaitArguments,
-    #[command(flatten)]
-    output: OutputArgument,
-    #[command(flatten)]
-    server: ServerArguments,
 }
 
 pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    let client = arguments.server.client()?;
-    let environment = super::environment(&client, arguments.environment.as_deref()).await?;
+    let (client, environment) = arguments.environment.find().await?;
     let answer = client
         .change(&environment, "pin", &json!({"reason": arguments.reason}))
         .await?;
-    if arguments.output.is_json() {
+    if arguments.environment.output.is_json() {
         terminal::print_json(&answer)?;
     } else {
         say!(
@@ -56,13 +45,18 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 }
 
 pub async fn unpin(arguments: &UnpinArguments) -> anyhow::Result<ExitCode> {
-    let client = arguments.server.client()?;
-    let environment = super::environment(&client, arguments.environment.as_deref()).await?;
+    let (client, environment) = arguments.environment.find().await?;
     let answer = client.change(&environment, "unpin", &json!({})).await?;
     if answer.get("id").is_some_and(Value::is_number) {
-        return build::finish(&client, vec![answer], &arguments.wait, &arguments.output).await;
+        return build::finish(
+            &client,
+            vec![answer],
+            &arguments.wait,
+            &arguments.environment.output,
+        )
+        .await;
     }
-    if arguments.output.is_json() {
+    if arguments.environment.output.is_json() {
         terminal::print_json(&answer)?;
     } else {
         say!(

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Args;
 use serde_json::json;
 
-use super::{OutputArgument, ServerArguments, WaitArguments, build};
+use super::{EnvironmentArguments, WaitArguments, build};
 
 /// Go back to an earlier release, verify it, and pin the environment to it
 #[derive(Debug, Args)]
@@ -15,9 +15,8 @@ use super::{OutputArgument, ServerArguments, WaitArguments, build};
     exit_codes!()
 ))]
 pub struct Arguments {
-    /// An environment of agent.yaml; may be left out where there is one only
-    #[arg(value_name = "ENVIRONMENT")]
-    environment: Option<String>,
+    #[command(flatten)]
+    environment: EnvironmentArguments,
     /// The number of a release, as `landfall history` shows; else the one before
     #[arg(long, value_name = "RELEASE")]
     to: Option<i64>,
@@ -29,40 +28,41 @@ pub struct Arguments {
     reason: Option<String>,
     #[command(flatten)]
     wait: WaitArguments,
-    #[command(flatten)]
-    output: OutputArgument,
-    #[command(flatten)]
-    server: ServerArguments,
 }
 
 /// Go forward again to the release that served before an undo, and let the environment go
 #[derive(Debug, Args)]
 #[command(after_help = concat!("Examples:\n  landfall redo hello\n\n", exit_codes!()))]
 pub struct RedoArguments {
-    /// An environment of agent.yaml; may be left out where there is one only
-    #[arg(value_name = "ENVIRONMENT")]
-    environment: Option<String>,
+    #[command(flatten)]
+    environment: EnvironmentArguments,
     #[command(flatten)]
     wait: WaitArguments,
-    #[command(flatten)]
-    output: OutputArgument,
-    #[command(flatten)]
-    server: ServerArguments,
 }
 
 pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    let client = arguments.server.client()?;
-    let environment = super::environment(&client, arguments.environment.as_deref()).await?;
+    let (client, environment) = arguments.environment.find().await?;
     let body = json!({
         "release": arguments.to, "revision": arguments.to_revision, "reason": arguments.reason,
     });
     let started = client.change(&environment, "undo", &body).await?;
-    build::finish(&client, vec![started], &arguments.wait, &arguments.output).await
+    build::finish(
+        &client,
+        vec![started],
+        &arguments.wait,
+        &arguments.environment.output,
+    )
+    .await
 }
 
 pub async fn redo(arguments: &RedoArguments) -> anyhow::Result<ExitCode> {
-    let client = arguments.server.client()?;
-    let environment = super::environment(&client, arguments.environment.as_deref()).await?;
+    let (client, environment) = arguments.environment.find().await?;
     let started = client.change(&environment, "redo", &json!({})).await?;
-    build::finish(&client, vec![started], &arguments.wait, &arguments.output).await
+    build::finish(
+        &client,
+        vec![started],
+        &arguments.wait,
+        &arguments.environment.output,
+    )
+    .await
 }

@@ -30,6 +30,12 @@ use crate::docker;
 use crate::docker::registry::{self, Logins};
 use crate::pipeline::Test;
 
+/// Between an exit and the last look for a program of the container that was killed for memory.
+const OOM_HEARD_WITHIN: [Duration; 3] = [
+    Duration::from_millis(50),
+    Duration::from_millis(100),
+    Duration::from_millis(150),
+];
 /// On every container that an agent made.
 const LABEL_OWNER: &str = "landfall.dev/owner";
 /// Repository of test images; they are never pushed, and their tags go when the test has ended.
@@ -243,17 +249,34 @@ async fn run_one(
         watch(scope, &docker, test, &container.id, &mut failed),
     )
     .await;
-    let state = match &result {
-        Ok(_) => docker
-            .inspect_container(&container.id, None)
-            .await
-            .map_err(lost),
-        Err(_) => Ok(Default::default()),
+    let out_of_memory = match &result {
+        Ok(_) => ran_out_of_memory(&docker, &container.id).await,
+        Err(_) => Ok(false),
     };
     container.remove().await;
     let code = result?;
-    let state = state?.state.unwrap_or_default();
-    judge(scope, test, code, state.oom_killed == Some(true), &failed)
+    judge(scope, test, code, out_of_memory?, &failed)
+}
+
+/// The engine hears of it by another way than of the exit, and now and then a moment later.
+async fn ran_out_of_memory(docker: &Docker, id: &str) -> StageResult<bool> {
+    for pause in OOM_HEARD_WITHIN {
+        let state = docker
+            .inspect_container(id, None)
+            .await
+            .map_err(lost)?
+            .state;
+        if state.unwrap_or_default().oom_killed == Some(true) {
+            return Ok(true);
+        }
+        tokio::time::sleep(pause).await;
+    }
+    let state = docker
+        .inspect_container(id, None)
+        .await
+        .map_err(lost)?
+        .state;
+    Ok(state.unwrap_or_default().oom_killed == Some(true))
 }
 
 fn judge(
