@@ -314,7 +314,9 @@ impl Line<'_> {
         let store = &self.agent.store;
         let log = self.log.stage(Stage::Rollback);
         let scope = self.unstopped(&log);
-        let goal = match self.serving().await? {
+        let serving = self.serving().await?;
+        let is_first = serving.is_none();
+        let goal = match serving {
             Some(release) if release.id != failed.id => Some(release),
             Some(_) => None,
             None => store.adopted(&self.build.environment).await?,
@@ -327,7 +329,6 @@ impl Line<'_> {
             })
         };
         let by_hand = deploy::undo_hint(&failed.namespace, touched);
-        let is_first = self.serving().await?.is_none();
         let stays = !is_first || failed.first_release == FirstRelease::Leave;
         if goal.is_none() && stays {
             self.keep_evidence(&scope, failed, touched).await;
