@@ -2,7 +2,7 @@
 export CARGO_TARGET_DIR ?= $(CURDIR)/target
 
 .DEFAULT_GOAL := help
-.PHONY: bench bench-verdict help cluster cluster-down demo demo-stop test
+.PHONY: bench bench-verdict help cluster cluster-down demo demo-stop soak test
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,3 +28,6 @@ bench: ## measures a release build against a shell script and fixed goals; not w
 
 bench-verdict: ## measures how soon a broken rollout is told, beside kubectl; not while tests run
 	@dev/bench-verdict
+
+soak: ## 300 verdicts, 100 releases under load: about an hour, figures in dev/soak.json
+	@dev/soak

@@ -8,7 +8,8 @@ use std::time::Duration;
 use k8s_openapi::api::core::v1::{Event, Pod};
 
 use super::snapshot::{
-    Kind, Running, Snapshot, Target, Workload, has_ended, is_ready, name, pod_condition, uid,
+    Kind, Running, Snapshot, Target, Workload, created, has_ended, is_ready, name, pod_condition,
+    uid,
 };
 use crate::builds::Cause;
 
@@ -26,6 +27,8 @@ const UNSCHEDULABLE_QUIET: Duration = Duration::from_secs(8);
 const UNSCHEDULABLE_AUTOSCALE: Duration = Duration::from_secs(120);
 /// The old pods' quota comes free only when they have gone.
 const QUOTA_QUIET: Duration = Duration::from_secs(3);
+/// A kubelet that is well takes up a pod within this.
+const KUBELET_MAX: jiff::SignedDuration = jiff::SignedDuration::from_secs(5);
 /// So often a container of one pod dies before the release is called dead.
 pub const DEATHS_MAX: i32 = 2;
 const WORDS_CHARS_MAX: usize = 300;
@@ -80,7 +83,7 @@ pub fn signs(
         signs.extend(cannot_mount(pod, snapshot));
         signs.extend(unschedulable(pod, snapshot, nodes_autoscale));
     }
-    signs.extend(pods.iter().filter_map(|pod| node_lost(pod)));
+    signs.extend(pods.iter().filter_map(|pod| node_lost(pod, snapshot.now)));
     signs.extend(refused_pods(snapshot));
     signs.extend(paused(target, snapshot));
     signs.extend(on_delete(target, snapshot));
@@ -464,12 +467,17 @@ fn unschedulable(pod: &Pod, snapshot: &Snapshot, nodes_autoscale: bool) -> Optio
     Some(sign(uid(pod), patience, cause))
 }
 
-/// Its kubelet has not been heard of: the pod may come back with it, or elsewhere.
-fn node_lost(pod: &Pod) -> Option<Sign> {
-    let lost = pod.status.as_ref()?.reason.as_deref() == Some("NodeLost")
+/// Its kubelet has not been heard of: the pod may come back with it, or elsewhere. One that never took up a pod that it was
+/// given shows that much without a right to read nodes: it sets `startTime` first of all.
+fn node_lost(pod: &Pod, now: jiff::Timestamp) -> Option<Sign> {
+    let status = pod.status.as_ref()?;
+    let is_placed = pod.spec.as_ref()?.node_name.is_some();
+    let is_new = created(&pod.metadata).is_none_or(|made| now.duration_since(made) < KUBELET_MAX);
+    let lost = status.reason.as_deref() == Some("NodeLost")
         || pod_condition(pod, "DisruptionTarget").is_some_and(|(status, reason, _)| {
             status == "True" && reason == "DeletionByTaintManager"
-        });
+        })
+        || (is_placed && status.start_time.is_none() && !is_new);
     lost.then(|| {
         let node = pod
             .spec
@@ -478,10 +486,7 @@ fn node_lost(pod: &Pod) -> Option<Sign> {
             .unwrap_or_default();
         let cause = Cause::new(
             "node_lost",
-            format!(
-                "the node {node} of pod {} is not heard of any more",
-                name(pod)
-            ),
+            format!("the node {node} of pod {} is not heard of", name(pod)),
         )
         .hint("see `kubectl get nodes`");
         sign(uid(pod), Patience::UntilDeadline, cause)
@@ -548,11 +553,15 @@ fn refused_pods(snapshot: &Snapshot) -> Option<Sign> {
             Patience::Seen(PERMANENT),
             "set what the message names in securityContext, or ask for another level of the namespace",
         )
-    } else if has(&["denied the request", "admission webhook"]) {
+    } else if has(&[
+        "denied the request",
+        "admission webhook",
+        "ValidatingAdmissionPolicy",
+    ]) {
         (
             "admission_denied",
             Patience::Seen(PERMANENT),
-            "an admission webhook of this cluster refuses it: mend what it names, or ask the cluster's operator",
+            "an admission rule of this cluster refuses it: mend what it names, or ask the cluster's operator",
         )
     } else if has(&["usage per", "limit to request ratio"]) {
         (
@@ -636,16 +645,28 @@ fn never_ready(pod: &Pod, snapshot: &Snapshot) -> Option<Sign> {
         "Readiness"
     };
     let told = probe_failure(pod, snapshot, probe).map_or("", message);
-    let (id, hint) = never_ready_because(told);
-    let cause = Cause::new(
-        id,
-        format!(
-            "{} runs but does not become ready{}",
-            container.display_name(),
-            probe_words(pod, snapshot, probe)
-        ),
-    )
-    .hint(hint);
+    let cause = match snapshot.listening.get(uid(pod)) {
+        Some(port) if is_refused(told) => Cause::new(
+            "listens_elsewhere",
+            format!(
+                "{} runs but does not become ready: its probe is refused, and it listens on port {port}{}",
+                container.display_name(),
+                probe_words(pod, snapshot, probe)
+            ),
+        )
+        .hint(format!(
+            "let the probe and the Service's targetPort name port {port}, or let the program listen where they ask"
+        )),
+        _ => {
+            let (id, hint) = never_ready_because(told);
+            let sentence = format!(
+                "{} runs but does not become ready{}",
+                container.display_name(),
+                probe_words(pod, snapshot, probe)
+            );
+            Cause::new(id, sentence).hint(hint)
+        }
+    };
     Some(sign(
         &of(container),
         Patience::Unlike(allowed(container)),
@@ -656,7 +677,7 @@ fn never_ready(pod: &Pod, snapshot: &Snapshot) -> Option<Sign> {
 /// The kubelet's own words of a probe: `dial tcp …: connect: connection refused`, `… statuscode: 404`,
 /// `… context deadline exceeded`.
 fn never_ready_because(told: &str) -> (&'static str, &'static str) {
-    if told.contains("connection refused") {
+    if is_refused(told) {
         (
             "probe_refused",
             "nobody listens on the probe's port: does the program listen there, and on 0.0.0.0 rather than 127.0.0.1?",
@@ -680,6 +701,30 @@ fn never_ready_because(told: &str) -> (&'static str, &'static str) {
             "let the probe succeed, or give it more time with `verify: timeout_seconds`",
         )
     }
+}
+
+fn is_refused(told: &str) -> bool {
+    told.contains("connection refused")
+}
+
+/// The declared ports of a pod whose probe is refused, other than the refusing one: the program may listen there.
+pub fn other_ports(pod: &Pod, events: &[Event]) -> Vec<i32> {
+    let refused = events.iter().find(|event| {
+        event.involved_object.uid.as_deref() == Some(uid(pod))
+            && event.reason.as_deref() == Some("Unhealthy")
+            && is_refused(message(event))
+    });
+    let Some(refused) = refused.filter(|_| !is_ready(pod)) else {
+        return Vec::new();
+    };
+    let containers = pod.spec.iter().flat_map(|spec| &spec.containers);
+    containers
+        .flat_map(|container| container.ports.iter().flatten())
+        .filter(|port| port.protocol.as_deref().unwrap_or("TCP") == "TCP")
+        .map(|port| port.container_port)
+        // `… dial tcp 10.0.0.7:8080: connect: connection refused`
+        .filter(|port| !message(refused).contains(&format!(":{port}: connect")))
+        .collect()
 }
 
 /// What a container's own probes give it before they count.

@@ -4,7 +4,7 @@
 //! Every request has a limit. What cannot be seen is `Unseen` and never a verdict: the caller waits, and gives up as
 //! "cannot see the cluster". Nothing here changes anything.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
@@ -19,9 +19,10 @@ use kube::core::PartialObjectMeta;
 use kube::runtime::{WatchStreamExt, watcher};
 use serde::de::DeserializeOwned;
 
-use super::Cluster;
+use super::proxy::{self, Asked, Place};
 use super::snapshot::{Kind, LastWords, Running, Snapshot, Target, Workload};
 use super::tables::Listing;
+use super::{Cluster, diagnose};
 
 /// One question to the API server.
 const REQUEST_LIMIT: Duration = Duration::from_secs(5);
@@ -39,6 +40,12 @@ const WORDS_CONTAINERS_MAX: usize = 5;
 const WORDS_LINES_MAX: i64 = 20;
 const WORDS_BYTES_MAX: usize = 8 * 1024;
 const WORDS_TRIES_MAX: usize = 3;
+/// Other ports of pods whose probe is refused: of so many pods, so many ports, so often, and how long for an answer.
+const PORTS_PODS_MAX: usize = 2;
+const PORTS_MAX: usize = 4;
+const PORTS_TRIES_MAX: usize = 3;
+const PORTS_EVERY: Duration = Duration::from_secs(5);
+const PORT_LIMIT: Duration = Duration::from_secs(2);
 
 /// The API server did not answer, or not what was asked.
 #[derive(Debug)]
@@ -131,6 +138,9 @@ pub struct Observer<'a> {
     autoscalers: Option<(Instant, Vec<HorizontalPodAutoscaler>)>,
     last_words: LastWords,
     asked: Vec<(String, String)>,
+    listening: BTreeMap<String, i32>,
+    /// By the uid of a pod: when its other ports were tried last, and how often.
+    ports_tried: BTreeMap<String, (Instant, usize)>,
     /// Read since they were last taken: whose, and what.
     new_words: Vec<(String, String)>,
 }
@@ -143,6 +153,8 @@ impl<'a> Observer<'a> {
             autoscalers: None,
             last_words: LastWords::new(),
             asked: Vec::new(),
+            listening: BTreeMap::new(),
+            ports_tried: BTreeMap::new(),
             new_words: Vec::new(),
         }
     }
@@ -160,16 +172,17 @@ impl<'a> Observer<'a> {
         let by_labels = ListParams::default()
             .labels(&selector.join(","))
             .limit(LIST_MAX);
-        let replica_sets = match target.kind {
-            Kind::Deployment => {
-                self.list::<ReplicaSet>("list replicasets", &by_labels)
-                    .await?
+        let replica_sets = async {
+            match target.kind {
+                Kind::Deployment => self.list("list replicasets", &by_labels).await,
+                _ => Ok(Vec::new()),
             }
-            _ => Vec::new(),
         };
-        let pods = self.list::<Pod>("list pods", &by_labels).await?;
+        let pods = self.list::<Pod>("list pods", &by_labels);
+        let (replica_sets, pods) = futures_util::try_join!(replica_sets, pods)?;
         self.hear_last_words(target, &pods).await;
         let events = self.events().await?;
+        self.try_other_ports(&pods, &events).await;
         let autoscaled = self.autoscaled(target).await?;
         let last_words = self.last_words.clone();
         Ok(Some(Snapshot {
@@ -180,12 +193,24 @@ impl<'a> Observer<'a> {
             events,
             autoscaled,
             last_words,
+            listening: self.listening.clone(),
         }))
     }
 
     /// Last words that were read since the last call: who died, and what it said.
     pub fn take_new_words(&mut self) -> Vec<(String, String)> {
         std::mem::take(&mut self.new_words)
+    }
+
+    /// Whether the events say that this Job, which is gone, had run to its end; what cannot be seen is not known.
+    pub async fn has_completed(&mut self, job: &Target) -> bool {
+        self.events = None;
+        let events = self.events().await.unwrap_or_default();
+        events.iter().any(|event| {
+            event.involved_object.uid == job.uid
+                && job.uid.is_some()
+                && event.reason.as_deref() == Some("Completed")
+        })
     }
 
     async fn workload(&self, target: &Target) -> Result<Option<Workload>, Unseen> {
@@ -298,6 +323,40 @@ impl<'a> Observer<'a> {
             );
             self.new_words.push((who, words.clone()));
             self.last_words.insert(key, words);
+        }
+    }
+}
+
+impl Observer<'_> {
+    /// Where a probe is refused, the program may listen on another of its declared ports: asked a few times, since it may
+    /// still be on its way.
+    async fn try_other_ports(&mut self, pods: &[Pod], events: &[Event]) {
+        for pod in pods {
+            let ports = diagnose::other_ports(pod, events);
+            let uid = super::snapshot::uid(pod);
+            let (last, tries) = self.ports_tried.get(uid).copied().unzip();
+            let is_known = self.listening.contains_key(uid) || ports.is_empty();
+            let is_enough = tries.unwrap_or_default() >= PORTS_TRIES_MAX
+                || last.is_some_and(|last| last.elapsed() < PORTS_EVERY)
+                || (last.is_none() && self.ports_tried.len() >= PORTS_PODS_MAX);
+            if is_known || is_enough {
+                continue;
+            }
+            let again = (Instant::now(), tries.unwrap_or_default() + 1);
+            self.ports_tried.insert(uid.to_owned(), again);
+            for port in ports.into_iter().take(PORTS_MAX) {
+                let place = Place {
+                    resource: "pods",
+                    name: super::snapshot::name(pod).to_owned(),
+                    port: port.to_string(),
+                    tls: false,
+                };
+                let asked = tokio::time::timeout(PORT_LIMIT, proxy::get(self.cluster, &place, "/"));
+                if let Ok(Asked::Answered(_)) = asked.await {
+                    self.listening.insert(uid.to_owned(), port);
+                    break;
+                }
+            }
         }
     }
 }

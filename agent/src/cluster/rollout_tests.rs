@@ -1,4 +1,5 @@
-//! The judge on what a real cluster showed (tests/fixtures/rollout: 6 s and 3 min after the apply), and on odd cases.
+//! The judge on what a real cluster showed (tests/fixtures/rollout: 6 s and 3 min after the apply; tests/fixtures/verdicts: at
+//! the verdict), and on odd cases.
 
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment, ReplicaSet, StatefulSet};
 use k8s_openapi::api::batch::v1::Job;
@@ -9,10 +10,12 @@ use super::super::snapshot::Kind;
 use super::*;
 
 fn documents(name: &str) -> Vec<Value> {
-    let path = format!(
-        "{}/tests/fixtures/rollout/{name}.yaml",
-        env!("CARGO_MANIFEST_DIR")
-    );
+    recorded(&format!("rollout/{name}"))
+}
+
+fn recorded(name: &str) -> Vec<Value> {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures");
+    let path = format!("{folder}/{name}.yaml");
     let text = std::fs::read_to_string(path).unwrap();
     serde_yaml::Deserializer::from_str(&text)
         .map(|document| Value::deserialize(document).unwrap())
@@ -38,6 +41,7 @@ fn snapshot(documents: &[Value], seconds: i64) -> Snapshot {
         events: of_kind(documents, "Event"),
         autoscaled: false,
         last_words: super::super::snapshot::LastWords::new(),
+        listening: std::collections::BTreeMap::new(),
     }
 }
 
@@ -199,6 +203,119 @@ fn three_minutes_later_each_has_its_own_cause() {
 }
 
 /// Events expire and get lost: only a mount that fails shows nowhere else.
+/// Recorded by tests/it/verdicts.rs (RECORD_FIXTURES=1), as the cluster stood when it had its verdict.
+#[test]
+fn each_cause_is_read_from_what_the_cluster_showed() {
+    for (name, id, says) in [
+        (
+            "a_registry_that_wants_a_password_is_named",
+            "image_pull_denied",
+            "may not pull its image 127.0.0.1:5999/private/app:1",
+        ),
+        (
+            "a_registry_without_an_address_is_named",
+            "registry_unknown",
+            "the registry registry.invalid",
+        ),
+        (
+            "an_init_container_that_fails_is_named",
+            "init_failed",
+            "init container migrate of pod web-",
+        ),
+        (
+            "a_path_that_answers_404_to_its_probe_is_named",
+            "probe_wrong_status",
+            "statuscode: 404",
+        ),
+        (
+            "a_program_that_does_not_answer_its_probe_is_named",
+            "probe_time_out",
+            "does not become ready",
+        ),
+        (
+            "a_volume_that_cannot_be_mounted_is_named",
+            "mount_failed",
+            "/nosuchfolder is not a directory",
+        ),
+        (
+            "a_claim_that_no_volume_fits_is_named",
+            "pvc_not_bound",
+            "unbound immediate PersistentVolumeClaims",
+        ),
+        ("a_missing_claim_is_named", "pvc_not_bound", "nosuchclaim"),
+        (
+            "a_missing_service_account_is_named",
+            "service_account_missing",
+            "nosuchaccount",
+        ),
+        (
+            "a_pod_that_asks_for_more_memory_than_there_is_is_named",
+            "unschedulable",
+            "Insufficient memory",
+        ),
+        (
+            "a_pod_for_a_node_that_there_is_not_is_named",
+            "unschedulable",
+            "node affinity/selector",
+        ),
+        (
+            "a_pod_that_a_taint_keeps_away_is_named",
+            "unschedulable",
+            "untolerated taint",
+        ),
+        (
+            "two_pods_for_one_port_of_the_node_are_named",
+            "unschedulable",
+            "free ports",
+        ),
+        (
+            "a_node_that_is_not_heard_of_is_named",
+            "node_lost",
+            "is not heard of",
+        ),
+        (
+            "a_limit_range_that_is_passed_is_named",
+            "limit_range",
+            "maximum memory usage per Container is 64Mi",
+        ),
+        (
+            "a_pod_that_the_namespace_thinks_unsafe_is_named",
+            "pod_security",
+            "violates PodSecurity",
+        ),
+        (
+            "a_policy_that_denies_the_pods_is_named",
+            "admission_denied",
+            "no pods on a Sunday",
+        ),
+        (
+            "an_admission_webhook_that_is_away_has_a_minute",
+            "pods_refused",
+            "failed calling webhook",
+        ),
+        ("a_paused_deployment_is_named", "paused", "is paused"),
+        (
+            "a_deployment_without_progress_until_its_own_deadline_is_named",
+            "progress_deadline",
+            "made no progress for 6 s",
+        ),
+    ] {
+        let snapshot = snapshot(&recorded(&format!("verdicts/{name}")), 10);
+        let target = target(&snapshot);
+        let mut history = History::default();
+        let limit = Duration::from_secs(10);
+        let cause = at_deadline(&target, &snapshot, limit, &mut history)
+            .unwrap_or_else(|| panic!("{name}: nothing is wrong"));
+        assert_eq!((cause.id.as_str(), name), (id, name), "{cause:?}");
+        assert!(cause.sentence.contains(says), "{cause:?}");
+        assert_eq!(cause.object.as_deref(), Some("deployment/web"));
+        assert!(
+            cause.hint.is_some() || id == "progress_deadline",
+            "{cause:?}"
+        );
+    }
+}
+
 #[test]
 fn without_events_the_verdict_is_the_same() {
     for (name, id) in [

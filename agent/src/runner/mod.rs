@@ -7,7 +7,7 @@
 mod transaction;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use anyhow::Context;
 use serde::Serialize;
@@ -20,7 +20,7 @@ use crate::builds::{
     Build, BuildKind, Cause, Outcome, Stage, StageStatus, Status, human_duration, now, short,
 };
 use crate::config::{Config, Environment};
-use crate::release::Release;
+use crate::release::{Evidence, Release};
 use crate::stages::checkout::Checkout;
 use crate::stages::{
     Built, CheckedOut, Scope, StageError, StageResult, Tested, checkout, image, test,
@@ -228,6 +228,8 @@ struct Line<'a> {
     cancel: &'a CancellationToken,
     mirrors: PathBuf,
     work: PathBuf,
+    /// Answers to the smoke test's requests that failed, until they are kept with the rest of the evidence.
+    requests: Mutex<Vec<Evidence>>,
 }
 
 impl<'a> Line<'a> {
@@ -246,6 +248,7 @@ impl<'a> Line<'a> {
             cancel,
             mirrors: mirrors(agent),
             work: work_dir(agent, build),
+            requests: Mutex::default(),
         }
     }
 

@@ -4,6 +4,9 @@
 //! the last good set again → what the failed one made is removed → verify → smoke test. What could not be seen is neither:
 //! the build ends as errored, and the environment is settled before anything else.
 
+use std::sync::PoisonError;
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use super::{Ended, Line};
@@ -15,12 +18,13 @@ use crate::pipeline::{FirstRelease, Rollback};
 use crate::release::{AppliedObject, Change, Evidence, Release};
 use crate::stages::deploy::{self, Applying, Way};
 use crate::stages::plan::{self, Ground, Plan};
-use crate::stages::smoke_test::Soak;
 use crate::stages::verify::Show;
 use crate::stages::{
     Applied, Built, CheckedOut, Live, RolledOut, Scope, StageError, StageResult, removal,
-    smoke_test, verify,
+    smoke_test, soak, verify,
 };
+
+const SOAK_ASKED_EVERY: Duration = Duration::from_secs(1);
 
 /// Rollback's baton.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -103,8 +107,34 @@ impl Line<'_> {
     ) -> StageResult<Live> {
         let log = self.log.stage(Stage::SmokeTest);
         let scope = self.unstopped(&log);
-        let work = smoke_test::run(&scope, release, rolled_out, Soak::AsPlanned);
-        self.journaled(Stage::SmokeTest, &scope, work).await
+        let mut evidence = Vec::new();
+        let work = async {
+            let live = smoke_test::run(&scope, release, rolled_out, &mut evidence).await?;
+            soak::run(&scope, release, self.soaked_enough()).await?;
+            Ok(live)
+        };
+        let live = self.journaled(Stage::SmokeTest, &scope, work).await;
+        *self.requests.lock().unwrap_or_else(PoisonError::into_inner) = evidence;
+        live
+    }
+
+    /// Comes back when somebody waits for the end of the soak: a person who canceled the build, or the next build.
+    async fn soaked_enough(&self) -> String {
+        let store = &self.agent.store;
+        let mut changes = store.watch();
+        loop {
+            // What cannot be read is asked for again: the soak has an end of its own.
+            if let Ok(Some(next)) = store.waits_behind(self.build).await {
+                return format!("build #{next} waits");
+            }
+            if let Ok(Some(build)) = store.build(self.build.id).await
+                && build.cancel_requested
+            {
+                return "somebody canceled the build".to_owned();
+            }
+            let _ = tokio::time::timeout(SOAK_ASKED_EVERY, changes.changed()).await;
+            tokio::time::sleep(SOAK_ASKED_EVERY / 10).await;
+        }
     }
 
     /// The release serves by our word; then what it no longer has is taken away.
@@ -182,7 +212,10 @@ impl Line<'_> {
         let store = &self.agent.store;
         // What is put back after a failure is not what the failed build has done.
         let is_own = self.planned_id().await? == Some(release.id);
-        let mut applying = Applying::begin(scope, held, release, way).await?;
+        let completed = store.completed_jobs(self.build).await?;
+        let mut applying = Applying::begin(scope, held, release, way)
+            .await?
+            .without_jobs(completed);
         let mut objects = Vec::new();
         while let Some((ordinal, object)) = applying.next().await? {
             store
@@ -416,7 +449,8 @@ impl Line<'_> {
         self.remove(scope, &held, &left_over).await?;
         let usual = self.usual_rollout().await?;
         let rolled_out = verify::run(scope, goal, &applied, usual, Show::All).await?;
-        smoke_test::run(scope, goal, &rolled_out, Soak::Not).await?;
+        // It has proved itself before, so that it is not soaked again.
+        smoke_test::run(scope, goal, &rolled_out, &mut Vec::new()).await?;
         scope
             .log
             .line(format!("Release {} is back and verified", goal.id));
@@ -486,10 +520,13 @@ impl Line<'_> {
                 return anyhow::Ok(0);
             }
             let cluster = crate::cluster::Cluster::connect(self.environment).await?;
-            let evidence = evidence::collect(&cluster, &Target::applied(failed, touched)).await;
+            let collected = evidence::collect(&cluster, &Target::applied(failed, touched)).await;
             let masked = |text: &str| scope.log.masked(text);
-            let evidence: Vec<Evidence> = evidence
+            let requests =
+                std::mem::take(&mut *self.requests.lock().unwrap_or_else(PoisonError::into_inner));
+            let evidence: Vec<Evidence> = requests
                 .iter()
+                .chain(&collected)
                 .map(|one| Evidence {
                     title: masked(&one.title),
                     body: masked(&one.body),
@@ -503,9 +540,9 @@ impl Line<'_> {
         };
         match kept.await {
             Ok(0) => {}
-            Ok(count) => scope
-                .log
-                .line(format!("Kept as evidence: {count} objects and logs")),
+            Ok(count) => scope.log.line(format!(
+                "Kept as evidence: {count} objects, logs and answers"
+            )),
             Err(error) => {
                 tracing::warn!(
                     build = self.build.id,
@@ -569,7 +606,7 @@ impl Line<'_> {
         }
     }
 
-    async fn usual_rollout(&self) -> anyhow::Result<Option<std::time::Duration>> {
+    async fn usual_rollout(&self) -> anyhow::Result<Option<Duration>> {
         let millis = self
             .agent
             .store
@@ -577,7 +614,7 @@ impl Line<'_> {
             .await?;
         Ok(millis
             .and_then(|millis| u64::try_from(millis).ok())
-            .map(std::time::Duration::from_millis))
+            .map(Duration::from_millis))
     }
 }
 

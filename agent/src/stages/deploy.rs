@@ -3,6 +3,7 @@
 //! `hold` takes the right to write, `Applying` writes; whoever drives it records each object before the next. The same
 //! release twice is unchanged, and half a release is gone on with. Going back takes every field and runs no Job again.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -67,6 +68,7 @@ pub struct Applying<'a> {
     way: Way,
     rules: Rules<'a>,
     next: usize,
+    completed: BTreeSet<String>,
     /// A Job that was applied and is to be waited for before anything else.
     job: Option<AppliedObject>,
     deadline: Instant,
@@ -100,9 +102,18 @@ impl<'a> Applying<'a> {
             way,
             rules,
             next: 0,
+            completed: BTreeSet::new(),
             job: None,
             deadline: Instant::now() + APPLY_LIMIT,
         })
+    }
+
+    /// Jobs that are known to have run to their end, by name: they run no second time, also where their own
+    /// `ttlSecondsAfterFinished` has taken them away.
+    #[must_use]
+    pub fn without_jobs(mut self, completed: BTreeSet<String>) -> Self {
+        self.completed = completed;
+        self
     }
 
     /// Applies the next object; its place in the release, and what became of it. None after the last. A Job is waited for
@@ -128,7 +139,7 @@ impl<'a> Applying<'a> {
         match (kind(object), self.way) {
             // Of a namespace that exists nothing is changed, and `hold` has made the one that did not.
             ("Namespace", _) | ("Job", Way::Back) => Ok(None),
-            ("Job", Way::Forward) => self.job(object).await.map(Some),
+            ("Job", Way::Forward) => self.job(object).await,
             _ => self.apply(object).await.map(Some),
         }
     }
@@ -160,13 +171,20 @@ impl<'a> Applying<'a> {
     }
 
     /// A Job runs once for one content, by its name: where it is there already, only its end is awaited.
-    async fn job(&self, object: &Value) -> StageResult<AppliedObject> {
+    async fn job(&self, object: &Value) -> StageResult<Option<AppliedObject>> {
         let resource = Resource::built_in("batch/v1", "Job", "jobs", true);
         let live = self.held.cluster.get(&resource, name(object)).await;
         let live =
             live.map_err(|answer| answer.into_error(&format!("read {}", display_name(object))))?;
         let Some(live) = live else {
-            return self.apply(object).await;
+            if self.completed.contains(name(object)) {
+                let shown = display_name(object);
+                self.scope
+                    .log
+                    .line(format!("{shown} has run before, and is not run again"));
+                return Ok(None);
+            }
+            return self.apply(object).await.map(Some);
         };
         let mut applied = applied_object(&Done {
             before: Some(live.clone()),
@@ -176,7 +194,7 @@ impl<'a> Applying<'a> {
         if self.scope.build.attempt > 1 {
             applied.change = self.planned(object);
         }
-        Ok(applied)
+        Ok(Some(applied))
     }
 
     async fn finished(&self, job: &AppliedObject) -> StageResult<()> {
@@ -208,6 +226,11 @@ impl<'a> Applying<'a> {
                     sight.unseen(unseen)?;
                     tokio::time::sleep(BLIND_RETRY).await;
                     continue;
+                }
+                Ok(None) if observer.has_completed(&target).await => {
+                    // Its own `ttlSecondsAfterFinished` was quicker than we.
+                    log.line(format!("{shown} is complete, and gone already"));
+                    return Ok(());
                 }
                 Ok(None) => {
                     let sentence = format!("{shown} was deleted before it was complete");

@@ -11,6 +11,7 @@ use crate::pipeline::Expect;
 /// Stands in `expect: json` for the commit that is built.
 const COMMIT: &str = "$commit";
 const BODY_CHARS_SHOWN: usize = 160;
+const BODY_BYTES_KEPT: usize = 16 * 1024;
 
 /// Why an answer is not good. The sentences go on after `GET /path of pod NAME`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -110,6 +111,27 @@ fn with_commit(value: &Value, commit: &str) -> Value {
                 .collect(),
         ),
         other => other.clone(),
+    }
+}
+
+/// What is kept of a request that failed: the status, and the beginning of the body as it came.
+pub fn in_full(asked: &Asked) -> String {
+    match asked {
+        Asked::Answered(answer) => {
+            let shown = answer.body.get(..BODY_BYTES_KEPT).unwrap_or(&answer.body);
+            let cut = match answer.body.len() > shown.len() {
+                true => format!("\n… ({} bytes)", answer.body.len()),
+                false => String::new(),
+            };
+            format!(
+                "{} in {} ms\n\n{}{cut}",
+                answer.status,
+                answer.took.as_millis(),
+                String::from_utf8_lossy(shown)
+            )
+        }
+        Asked::NoEndpoints => "the Service leads to no pod that is ready".to_owned(),
+        Asked::NobodyThere(why) | Asked::Blind(why) | Asked::Forbidden(why) => why.clone(),
     }
 }
 

@@ -1,4 +1,4 @@
-//! Smoke test: ask every new pod, then the Service, and see that it stays well for a while.
+//! Smoke test: ask every new pod, then the Service.
 //!
 //! Requests go through the API server's proxy (`cluster::proxy`), or to an address outside that agent.yaml lists. A test
 //! repeats until it is good; what the API server itself answers is blindness and never a wrong answer.
@@ -13,14 +13,14 @@ use kube::api::ListParams;
 use tokio::time::Instant;
 
 use super::expect::{self, Wrong};
-use super::{Live, RolledOut, Scope, StageError, StageResult, soak};
+use super::{Live, RolledOut, Scope, StageError, StageResult};
 use crate::builds::Cause;
 use crate::cluster::Cluster;
 use crate::cluster::observe::{Observer, Unseen, ask};
 use crate::cluster::proxy::{self, Answer, Asked, Place};
 use crate::cluster::snapshot::{self, Snapshot, Target};
 use crate::pipeline::SmokeTest;
-use crate::release::Release;
+use crate::release::{Evidence, Release};
 
 /// An answer that is wrong for so long is wrong. The Service still leads to old pods for up to a second after the
 /// rollout, so nothing is judged earlier.
@@ -31,20 +31,12 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 const SERVICE_ANSWERS: u32 = 3;
 const REDIRECT_HINT: &str = "redirects are not followed: ask the address that it leads to";
 
-/// Whether it must stay well for a while afterwards.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Soak {
-    AsPlanned,
-    /// What served before has proved itself.
-    Not,
-}
-
-/// Runs the release's smoke tests in their order, then the soak.
+/// Runs the release's smoke tests in their order. The last answer to a request that failed is added to `evidence`.
 pub async fn run(
     scope: &Scope<'_>,
     release: &Release,
     rolled_out: &RolledOut,
-    soak: Soak,
+    evidence: &mut Vec<Evidence>,
 ) -> StageResult<Live> {
     let cluster = Cluster::connect(scope.environment).await?;
     let targets = Target::serving(release);
@@ -54,6 +46,7 @@ pub async fn run(
         cluster: &cluster,
         targets: &targets,
         requests: 0,
+        evidence,
     };
     if release.smoke_tests.is_empty() {
         scope.log.line("pipeline.yaml has no smoke test.");
@@ -64,19 +57,7 @@ pub async fn run(
         tested = tester.all() => tested,
     };
     let requests = tester.requests;
-    let lived = match tested {
-        Ok(()) if soak == Soak::AsPlanned => {
-            soak::run(
-                scope,
-                &cluster,
-                &targets,
-                Duration::from_secs(release.verify.soak_seconds),
-            )
-            .await
-        }
-        other => other,
-    };
-    lived.map_err(|error| error.masked(scope.log))?;
+    tested.map_err(|error| error.masked(scope.log))?;
     Ok(Live {
         release_id: rolled_out.release_id,
         requests,
@@ -89,6 +70,7 @@ struct Tester<'a> {
     cluster: &'a Cluster,
     targets: &'a [Target],
     requests: u64,
+    evidence: &'a mut Vec<Evidence>,
 }
 
 /// One request to be repeated: where, and until when.
@@ -282,16 +264,24 @@ impl Tester<'_> {
                 }
                 Wrong::Blind(_) => wrong_since = None,
                 Wrong::Settled(cause) if is_late || since.elapsed() >= WRONG_FOR => {
-                    return Err(StageError::Failed(finished(cause, question)));
+                    return Err(self.wrong(cause, question, &asked));
                 }
                 Wrong::NotYet(cause) if is_late => {
-                    return Err(StageError::Failed(finished(cause, question)));
+                    return Err(self.wrong(cause, question, &asked));
                 }
                 Wrong::Settled(_) | Wrong::NotYet(_) => {}
             }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(PAUSE_MAX);
         }
+    }
+
+    fn wrong(&mut self, cause: Cause, question: &Question<'_>, asked: &Asked) -> StageError {
+        self.evidence.push(Evidence {
+            title: format!("{}: the last answer", question.what),
+            body: expect::in_full(asked),
+        });
+        StageError::Failed(finished(cause, question))
     }
 
     /// Waits until the Service leads to new pods only; those that drain do not count.
@@ -539,8 +529,9 @@ mod tests {
             scope: &'a Scope<'a>,
             release: &'a Release,
             rolled_out: &'a RolledOut,
+            evidence: &'a mut Vec<Evidence>,
         ) -> impl Send + 'a {
-            run(scope, release, rolled_out, Soak::Not)
+            run(scope, release, rolled_out, evidence)
         }
         let _ = run_as_task;
     }

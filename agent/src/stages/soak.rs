@@ -1,6 +1,6 @@
 //! The soak: for a while after the smoke test no new pod restarts or loses its readiness.
 //!
-//! A pod that leaves (an autoscaler, a drained node) is no fault. A build that is canceled here has passed already.
+//! A pod that leaves (an autoscaler, a drained node) is no fault. A build that is cut short here has passed already.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -13,39 +13,47 @@ use crate::cluster::Cluster;
 use crate::cluster::diagnose;
 use crate::cluster::observe::{self, Observer, Sight, Unseen};
 use crate::cluster::snapshot::{self, Running, Snapshot, Target};
+use crate::release::Release;
 
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// A probe that fails once in between is no lost readiness.
 const UNREADY_FOR: Duration = Duration::from_secs(2);
 
-/// Watches for so long; a cancel cuts it short, and the release stays live.
+/// Watches the workloads of a release for as long as its `soak_seconds` say. `cut` answers why it is to end before: what it
+/// saw until then counts, and the release stays live.
 pub async fn run(
     scope: &Scope<'_>,
-    cluster: &Cluster,
-    targets: &[Target],
-    length: Duration,
+    release: &Release,
+    cut: impl Future<Output = String>,
 ) -> StageResult<()> {
+    let length = Duration::from_secs(release.verify.soak_seconds);
+    let targets = Target::serving(release);
     if length.is_zero() || targets.is_empty() {
         return Ok(());
     }
-    scope
-        .log
-        .line(format!("Soak: watching for {} s.", length.as_secs()));
-    let soaked = tokio::select! {
+    let cluster = Cluster::connect(scope.environment).await?;
+    let seconds = length.as_secs();
+    scope.log.line(format!("Soak: watching for {seconds} s."));
+    let begun = Instant::now();
+    let watched = tokio::select! {
         biased;
-        () = scope.cancel.cancelled() => {
-            scope.log.line("The soak is cut short; until here nothing restarted.");
-            return Ok(());
-        }
-        soaked = watch(scope, cluster, targets, length) => soaked,
+        () = scope.cancel.cancelled() => Err("the agent stops".to_owned()),
+        why = cut => Err(why),
+        watched = watch(scope, &cluster, &targets, length) => Ok(watched),
     };
-    if soaked.is_ok() {
-        let seconds = length.as_secs();
-        scope.log.line(format!(
-            "Soak: {seconds} s without a restart or a lost readiness."
-        ));
+    match watched {
+        Ok(watched) => {
+            watched.map_err(|error| error.masked(scope.log))?;
+            scope.log.line(format!(
+                "Soak: {seconds} s without a restart or a lost readiness."
+            ));
+        }
+        Err(why) => scope.log.line(format!(
+            "The soak is cut short after {} s of {seconds}: {why}. Until here nothing restarted.",
+            begun.elapsed().as_secs()
+        )),
     }
-    soaked
+    Ok(())
 }
 
 /// What is remembered of one pod.

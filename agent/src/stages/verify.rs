@@ -13,7 +13,7 @@ use crate::builds::Cause;
 use crate::cluster::Cluster;
 use crate::cluster::observe::{self, BLIND_RETRY, Changes, Observer, Sight, Unseen};
 use crate::cluster::rollout::{self, History, Verdict};
-use crate::cluster::snapshot::{Snapshot, Target};
+use crate::cluster::snapshot::{Kind, Snapshot, Target};
 use crate::cluster::tables;
 use crate::release::Release;
 
@@ -41,7 +41,9 @@ pub async fn run(
     shown: Show,
 ) -> StageResult<RolledOut> {
     let cluster = Cluster::connect(scope.environment).await?;
-    let targets = Target::applied(release, &applied.objects);
+    let mut observer = Observer::new(&cluster);
+    let mut targets = Target::applied(release, &applied.objects);
+    without_gone_jobs(&mut observer, &mut targets).await;
     let limit = Duration::from_secs(release.verify.timeout_seconds);
     if applied.changed_nothing() {
         scope
@@ -50,7 +52,7 @@ pub async fn run(
     }
     let mut rollout = Rollout {
         targets: &targets,
-        observer: Observer::new(&cluster),
+        observer,
         histories: targets.iter().map(|_| History::new(usual)).collect(),
         told: vec![String::new(); targets.len()],
         snapshots: Vec::new(),
@@ -92,6 +94,20 @@ pub async fn run(
         release_id: applied.release_id,
         revisions: revisions.collect(),
     })
+}
+
+/// A Job that ran to its end and was taken away by its own `ttlSecondsAfterFinished` is nothing to watch any more.
+async fn without_gone_jobs(observer: &mut Observer<'_>, targets: &mut Vec<Target>) {
+    let mut kept = Vec::with_capacity(targets.len());
+    for target in targets.drain(..) {
+        let is_gone = target.kind == Kind::Job
+            && matches!(observer.snapshot(&target).await, Ok(None))
+            && observer.has_completed(&target).await;
+        if !is_gone {
+            kept.push(target);
+        }
+    }
+    *targets = kept;
 }
 
 struct Rollout<'a> {
@@ -156,8 +172,15 @@ impl Rollout<'_> {
     /// Reads every workload anew; answers with a cause where one is gone.
     async fn look(&mut self) -> Result<Option<Cause>, Unseen> {
         let mut snapshots = Vec::with_capacity(self.targets.len());
-        for target in self.targets {
+        for (index, target) in self.targets.iter().enumerate() {
             let Some(snapshot) = self.observer.snapshot(target).await? else {
+                if let Some(before) = self.snapshots.get(index)
+                    && target.kind == Kind::Job
+                    && self.observer.has_completed(target).await
+                {
+                    snapshots.push(before.clone());
+                    continue;
+                }
                 let name = target.display_name();
                 let cause = Cause::new(
                     "changed_by_another",

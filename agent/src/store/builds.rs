@@ -267,6 +267,14 @@ impl Store {
         Ok(rows == 1)
     }
 
+    /// The build that waits for this one's end, if there is one.
+    pub async fn waits_behind(&self, build: &Build) -> anyhow::Result<Option<i64>> {
+        Ok(
+            on!(&self.main, pool => sqlx::query_scalar("SELECT MIN(id) FROM builds WHERE environment = $1 AND status = 'queued'")
+            .bind(&build.environment).fetch_one(pool).await?),
+        )
+    }
+
     /// An error where another agent has taken the build over.
     pub async fn ensure_held(&self, build: &Build) -> anyhow::Result<()> {
         let known: Option<i64> = on!(&self.main, pool => sqlx::query_scalar("SELECT id FROM builds WHERE id = $1 AND fence = $2 AND status = 'running'")

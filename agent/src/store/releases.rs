@@ -1,5 +1,7 @@
 //! Releases: planned before the first mutation, live after the last proof, kept to be put back.
 
+use std::collections::BTreeSet;
+
 use sqlx::{FromRow, Row};
 
 use super::Store;
@@ -154,6 +156,18 @@ impl Store {
         rows.into_iter()
             .map(|row| Ok((row.release_id, row.object()?)))
             .collect()
+    }
+
+    /// The Jobs that have run to their end in a build's environment, by name, which tells their content: those of every release
+    /// that went live, and those of this build after which it has applied more. What was pruned since may run anew.
+    pub async fn completed_jobs(&self, build: &Build) -> anyhow::Result<BTreeSet<String>> {
+        let names: Vec<String> = on!(&self.main, pool => sqlx::query_scalar(
+                "SELECT o.name FROM release_objects o JOIN releases r ON r.id = o.release_id \
+                 WHERE r.environment = $1 AND r.live_at IS NOT NULL AND o.kind = 'Job' AND o.removed_at IS NULL \
+                 UNION SELECT j.name FROM build_objects j WHERE j.build_id = $2 AND j.kind = 'Job' AND EXISTS \
+                 (SELECT 1 FROM build_objects later WHERE later.build_id = j.build_id AND later.ordinal > j.ordinal)")
+            .bind(&build.environment).bind(build.id).fetch_all(pool).await?);
+        Ok(names.into_iter().collect())
     }
 
     /// An object of this UID is there no more, whichever releases had it.

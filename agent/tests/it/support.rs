@@ -27,14 +27,19 @@ pub fn busybox() -> String {
     setting("LANDFALL_TEST_BUSYBOX")
 }
 
-/// Runs kubectl as the cluster's admin; panics with what it said when it fails.
-pub fn kubectl(arguments: &[&str]) -> String {
-    let output = Command::new(setting("LANDFALL_TEST_KUBECTL"))
+/// kubectl as the cluster's admin.
+pub fn kubectl_command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(setting("LANDFALL_TEST_KUBECTL"));
+    command
         .arg("--kubeconfig")
         .arg(kubeconfig())
-        .args(arguments)
-        .output()
-        .unwrap();
+        .args(arguments);
+    command
+}
+
+/// Runs kubectl as the cluster's admin; panics with what it said when it fails.
+pub fn kubectl(arguments: &[&str]) -> String {
+    let output = kubectl_command(arguments).output().unwrap();
     assert!(
         output.status.success(),
         "kubectl {arguments:?}: {}",
@@ -73,20 +78,13 @@ impl Namespace {
 
 impl Drop for Namespace {
     fn drop(&mut self) {
-        let _ = Command::new(setting("LANDFALL_TEST_KUBECTL"))
-            .arg("--kubeconfig")
-            .arg(kubeconfig())
-            .args(["delete", "namespace", "--wait=false", &self.0])
-            .output();
+        let _ = kubectl_command(&["delete", "namespace", "--wait=false", &self.0]).output();
     }
 }
 
 /// Applies YAML as people do, with `kubectl apply`.
 pub fn kubectl_apply(namespace: &str, yaml: &str) {
-    let mut child = Command::new(setting("LANDFALL_TEST_KUBECTL"))
-        .arg("--kubeconfig")
-        .arg(kubeconfig())
-        .args(["-n", namespace, "apply", "-f", "-"])
+    let mut child = kubectl_command(&["-n", namespace, "apply", "-f", "-"])
         .stdin(std::process::Stdio::piped())
         .spawn()
         .unwrap();

@@ -4,19 +4,20 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, interval, timeout};
 
 use crate::landfall::Landfall;
+use crate::soak::{keep, number};
 use crate::support::kubectl;
 
 const PER_SECOND: u64 = 200;
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 /// Of the node, for this test alone; the demo's and the sample's is another.
 const NODE_PORT: u16 = 30090;
-const ROUNDS: usize = 5;
 
 /// Asks until it is told to stop; how many requests were sent, and why some were not answered well.
 struct Load {
@@ -87,8 +88,10 @@ async fn ask(address: &str) -> Result<(), String> {
     }
 }
 
+/// SOAK_RELEASES good and as many bad ones.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_request_is_lost_over_good_and_bad_releases() {
+    let rounds = number("SOAK_RELEASES", 5);
     let mut landfall = Landfall::start("traffic").await;
     let read = |landfall: &Landfall, name: &str| {
         std::fs::read_to_string(landfall.path(&format!("work/kubernetes/{name}"))).unwrap()
@@ -132,7 +135,7 @@ async fn no_request_is_lost_over_good_and_bad_releases() {
     .await;
 
     let load = Load::start(address);
-    for round in 0..ROUNDS {
+    for round in 0..rounds {
         let page = format!("Hello {round}");
         let id = landfall
             .push(&[("start.sh", good), ("www/index.html", &page)])
@@ -157,7 +160,7 @@ async fn no_request_is_lost_over_good_and_bad_releases() {
     }
     let (asked, failed) = load.stop().await;
     println!(
-        "{asked} requests over {ROUNDS} good and {ROUNDS} bad releases, {} failed",
+        "{asked} requests over {rounds} good and {rounds} bad releases, {} failed",
         failed.len()
     );
     assert!(asked > PER_SECOND * 20, "only {asked} requests");
@@ -166,5 +169,9 @@ async fn no_request_is_lost_over_good_and_bad_releases() {
         "{} of {asked} requests failed: {:#?}",
         failed.len(),
         &failed[..failed.len().min(10)]
+    );
+    keep(
+        "requests_over_releases",
+        &json!({"good": rounds, "bad": rounds, "requests": asked, "failed": 0}),
     );
 }

@@ -1,9 +1,11 @@
 //! The release transaction from outside: it ends proved live, or what served before is back, and the cause is told.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 
 use crate::landfall::Landfall;
-use crate::support::{busybox, kubectl, kubectl_apply};
+use crate::support::{busybox, eventually, kubectl, kubectl_apply};
 
 const DIES: (&str, &str) = (
     "start.sh",
@@ -334,7 +336,7 @@ async fn what_a_release_no_longer_has_is_removed_once_it_is_live() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_rollback_that_is_killed_is_finished_by_the_next_start() {
     let mut landfall = Landfall::start("killed-back").await;
-    let good = live(&mut landfall, &[]).await;
+    let good = live(&mut landfall, &[("www/index.html", "Hello one")]).await;
     let serving = landfall.served("/version");
     let id = landfall.push(&[DIES]).await;
     landfall.reach(id, "rollback").await;
@@ -444,4 +446,112 @@ async fn a_migration_that_fails_stops_the_release_and_its_log_is_kept() {
     .await;
     let jobs = || kubectl(&["-n", &landfall.namespace.0, "get", "jobs", "-o", "name"]);
     assert_eq!(jobs().lines().count(), 1, "{}", jobs());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_job_that_its_own_time_to_live_took_away_is_not_run_again() {
+    let mut landfall = Landfall::start("ttl").await;
+    let job = format!(
+        "apiVersion: batch/v1\nkind: Job\nmetadata:\n  name: migrate\nspec:\n  ttlSecondsAfterFinished: 0\n  template:\n    spec:\n      restartPolicy: Never\n      \
+         containers:\n        - name: migrate\n          image: {}\n          command: [sh, -c, \"echo migrated\"]\n",
+        busybox()
+    );
+    live(&mut landfall, &[("kubernetes/migrate.yaml", &job)]).await;
+    let jobs = || kubectl(&["-n", &landfall.namespace.0, "get", "jobs", "-o", "name"]);
+    eventually("the Job is gone", Duration::from_secs(20), async || {
+        jobs().is_empty().then_some(())
+    })
+    .await;
+    let build = live(&mut landfall, &[("www/index.html", "Hello two")]).await;
+    let log = landfall.log(build["id"].as_i64().unwrap()).await;
+    assert!(
+        log.contains("has run before, and is not run again"),
+        "{log}"
+    );
+    let ran = kubectl(&[
+        "-n",
+        &landfall.namespace.0,
+        "get",
+        "events",
+        "--field-selector=reason=SuccessfulCreate,involvedObject.kind=Job",
+        "-o",
+        "name",
+    ]);
+    assert_eq!(ran.lines().count(), 1, "{ran}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_soak_ends_when_the_next_push_waits() {
+    let mut landfall = Landfall::start("soaking").await;
+    let pipeline = std::fs::read_to_string(landfall.path("work/pipeline.yaml"))
+        .unwrap()
+        .replace("soak_seconds: 0", "soak_seconds: 600");
+    let first = landfall.push(&[("pipeline.yaml", &pipeline)]).await;
+    eventually("it soaks", Duration::from_secs(60), async || {
+        landfall
+            .log(first)
+            .await
+            .contains("Soak: watching for 600 s")
+            .then_some(())
+    })
+    .await;
+    let second = landfall.push(&[("www/index.html", "Hello two")]).await;
+    let build = landfall.end(first).await;
+    assert_eq!(ended(&build), ("passed", "live"), "{build:#}");
+    let log = landfall.log(first).await;
+    assert!(
+        log.contains("The soak is cut short after") && log.contains(&format!("#{second} waits")),
+        "{log}"
+    );
+    // A person's cancel is no failure of what soaks either.
+    eventually(
+        "the second one soaks",
+        Duration::from_secs(60),
+        async || {
+            landfall
+                .log(second)
+                .await
+                .contains("Soak: watching for 600 s")
+                .then_some(())
+        },
+    )
+    .await;
+    let (status, answer) = landfall
+        .write(&format!("/api/builds/{second}/cancel"), json!({}))
+        .await;
+    assert_eq!(status, 202, "{answer}");
+    let build = landfall.end(second).await;
+    assert_eq!(ended(&build), ("passed", "live"), "{build:#}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_answer_that_failed_the_smoke_test_is_kept() {
+    let mut landfall = Landfall::start("answer").await;
+    let good = live(&mut landfall, &[("www/index.html", "Hello one")]).await;
+    let pipeline = std::fs::read_to_string(landfall.path("work/pipeline.yaml")).unwrap();
+    let wrong = pipeline.replace("get: /version", "get: /index.html");
+    let id = landfall
+        .push(&[
+            ("pipeline.yaml", &wrong),
+            ("www/index.html", "Hello, I am no JSON"),
+        ])
+        .await;
+    let build = landfall.end(id).await;
+    assert_eq!(ended(&build), ("failed", "rolled_back"), "{build:#}");
+    assert_eq!(build["cause"]["id"], "smoke_wrong_body", "{build:#}");
+    assert_eq!(build["restored_release"], good["release_id"]);
+    let kept = landfall.get(&format!("/api/builds/{id}/evidence")).await;
+    let first = &kept["evidence"][0];
+    let (title, body) = (
+        first["title"].as_str().unwrap(),
+        first["body"].as_str().unwrap(),
+    );
+    assert!(
+        title.starts_with("GET /index.html of pod ") && title.ends_with(": the last answer"),
+        "{kept:#}"
+    );
+    assert!(
+        body.starts_with("200 in ") && body.ends_with("Hello, I am no JSON"),
+        "{kept:#}"
+    );
 }
