@@ -4,7 +4,7 @@
 //! the live log read the store only, so nobody sees a line that a restart would lose. This log is for the author of
 //! the push; `tracing` is for the operator. Never mixed.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use aho_corasick::AhoCorasick;
@@ -44,7 +44,7 @@ struct Shared {
     filled: Notify,
     /// The buffer was drained.
     drained: Notify,
-    masker: Masker,
+    masker: RwLock<Masker>,
     bytes_max: u64,
 }
 
@@ -71,7 +71,7 @@ impl BuildLog {
                 buffer,
                 filled: Notify::new(),
                 drained: Notify::new(),
-                masker,
+                masker: RwLock::new(masker),
                 bytes_max,
             }),
         }
@@ -128,7 +128,7 @@ impl BuildLog {
             let (_, partial) = buffer.partial.get_or_insert_with(|| (stage, Vec::new()));
             partial.extend_from_slice(bytes);
             if partial.len() > 2 * LINE_BYTES_MAX {
-                let cut = self.shared.masker.safe_cut(partial);
+                let cut = self.masker().safe_cut(partial);
                 let rest = partial.split_off(cut);
                 let whole = std::mem::replace(partial, rest);
                 self.push(&mut buffer, stage, &whole);
@@ -149,7 +149,7 @@ impl BuildLog {
             return;
         }
         let at = now();
-        for piece in self.shared.masker.mask(bytes).chunks(LINE_BYTES_MAX) {
+        for piece in self.masker().mask(bytes).chunks(LINE_BYTES_MAX) {
             buffer.total += piece.len() as u64;
             buffer.bytes += piece.len();
             buffer.lines.push(LogLine {
@@ -172,11 +172,16 @@ impl BuildLog {
         }
     }
 
+    fn masker(&self) -> Masker {
+        let masker = self.shared.masker.read();
+        masker.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Buffer> {
         self.shared
             .buffer
             .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -199,7 +204,17 @@ impl StageLog {
 
     /// The text as the log would show it: for sentences that leave the log, such as a cause.
     pub fn masked(&self, text: &str) -> String {
-        self.log.shared.masker.mask_text(text)
+        self.log.masker().mask_text(text)
+    }
+
+    /// Masks these too from here on, in the whole log.
+    pub fn also_mask(&self, secrets: &[String]) {
+        let masker = self.log.shared.masker.write();
+        let mut masker = masker.unwrap_or_else(PoisonError::into_inner);
+        if !secrets.iter().all(|secret| masker.secrets.contains(secret)) {
+            let all = masker.secrets.iter().chain(secrets).map(String::as_str);
+            *masker = Masker::new(all);
+        }
     }
 
     /// What a program wrote, byte for byte; waits while the store is behind.
@@ -218,15 +233,17 @@ impl StageLog {
 /// Replaces secrets by `***`: as they are, line by line, and in base64, URL and JSON form.
 #[derive(Clone, Default)]
 pub struct Masker {
+    secrets: Arc<Vec<String>>,
     patterns: Option<Arc<AhoCorasick>>,
     longest: usize,
 }
 
 impl Masker {
     pub fn new<'a>(secrets: impl IntoIterator<Item = &'a str>) -> Self {
+        let secrets: Vec<String> = secrets.into_iter().map(str::to_owned).collect();
         let mut patterns: Vec<Vec<u8>> = secrets
-            .into_iter()
-            .flat_map(forms)
+            .iter()
+            .flat_map(|secret| forms(secret))
             .filter(|form| form.len() >= SECRET_BYTES_MIN)
             .collect();
         patterns.sort_unstable();
@@ -237,6 +254,7 @@ impl Masker {
             .build(&patterns)
             .ok();
         Self {
+            secrets: Arc::new(secrets),
             patterns: automaton.filter(|_| longest > 0).map(Arc::new),
             longest,
         }
@@ -351,6 +369,15 @@ mod tests {
         assert!(!text.contains("correct-horse"), "{text}");
         assert!(text.contains("token *** end"), "{text}");
         assert!(!text.contains(&base64[10..24]), "{text}");
+    }
+
+    #[tokio::test]
+    async fn what_becomes_known_as_a_secret_is_masked_from_then_on() {
+        let log = BuildLog::new(Masker::new(["first-secret"]), 1 << 20, 0);
+        let stage = log.stage(Stage::Deploy);
+        stage.also_mask(&["second-secret".to_owned()]);
+        log.stage(Stage::Verify).line("first-secret second-secret");
+        assert_eq!(written(&log).await, b"*** ***\n");
     }
 
     #[tokio::test]

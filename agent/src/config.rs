@@ -55,6 +55,14 @@ pub struct Config {
     /// `sqlite` (in `data_dir`) or `postgres://…`.
     #[serde(default)]
     pub database: Option<Secret>,
+    /// How often each branch's head is compared with the last push that was accepted; 0: never.
+    #[serde(default = "reconcile_seconds")]
+    pub reconcile_seconds: u64,
+    /// No build begins while the disk of `data_dir` has less than this free.
+    #[serde(default = "min_free_bytes")]
+    pub min_free_bytes: u64,
+    #[serde(default)]
+    pub retention: Retention,
     #[serde(default)]
     pub github: Github,
     #[serde(default)]
@@ -111,6 +119,25 @@ pub fn variables_for_git() -> impl Iterator<Item = (&'static str, std::ffi::OsSt
     ["PATH", "SSL_CERT_FILE", "SSL_CERT_DIR"]
         .into_iter()
         .filter_map(|name| Some((name, std::env::var_os(name)?)))
+}
+
+/// What is kept, and how long.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Retention {
+    /// After the end of a build.
+    pub log_days: u64,
+    /// Of all builds together; the oldest go first.
+    pub log_bytes: u64,
+}
+
+impl Default for Retention {
+    fn default() -> Self {
+        Self {
+            log_days: 90,
+            log_bytes: 10 << 30,
+        }
+    }
 }
 
 /// Who may read pages and `/api`.
@@ -643,6 +670,12 @@ fn is_loopback_url(url: &str) -> bool {
 
 fn listen() -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], 8080))
+}
+fn min_free_bytes() -> u64 {
+    1 << 30
+}
+fn reconcile_seconds() -> u64 {
+    60
 }
 fn data_dir() -> PathBuf {
     PathBuf::from("data")

@@ -28,6 +28,7 @@ pub async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
         builds: HashMap::new(),
         resting: HashMap::new(),
         tasks: JoinSet::new(),
+        has_room: true,
     };
     let mut changes = working.agent.store.watch();
     while !shutdown.is_cancelled() {
@@ -50,6 +51,7 @@ struct Working {
     /// When our task of a build ended; where its row still says running, it is tried again after a pause.
     resting: HashMap<i64, Instant>,
     tasks: JoinSet<i64>,
+    has_room: bool,
 }
 
 impl Working {
@@ -87,6 +89,9 @@ impl Working {
                 token.cancel();
             }
         }
+        if !self.has_room() {
+            return Ok(());
+        }
         while let Some(build) = self.agent.store.claim(&self.agent.holder).await? {
             tracing::info!(
                 build = build.id,
@@ -97,6 +102,28 @@ impl Working {
             self.start(build);
         }
         Ok(())
+    }
+
+    /// Whether the disk has room for another build; said once each time that this changes.
+    fn has_room(&mut self) -> bool {
+        let config = &self.agent.config;
+        // A disk that cannot be asked is found out by the build.
+        let free = rustix::fs::statvfs(&config.data_dir)
+            .map_or(u64::MAX, |disk| disk.f_bavail.saturating_mul(disk.f_frsize));
+        let has_room = free >= config.min_free_bytes;
+        if has_room != self.has_room {
+            let (free_mib, path) = (free >> 20, config.data_dir.display());
+            match has_room {
+                true => tracing::info!(free_mib, "{path} has room again: builds go on"),
+                false => tracing::error!(
+                    free_mib,
+                    min_free_mib = config.min_free_bytes >> 20,
+                    "no build begins: {path} is nearly full (`min_free_bytes`)"
+                ),
+            }
+            self.has_room = has_room;
+        }
+        has_room
     }
 
     fn start(&mut self, build: Build) {

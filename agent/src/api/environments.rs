@@ -147,7 +147,10 @@ pub async fn unpin(State(app): State<App>, Path(name): Path<String>) -> Result<R
         ));
     }
     let (serving, _) = app.store.deployed(&environment.name).await?;
-    let pushed = app.store.newest_push(&environment.name).await?;
+    let pushed = app
+        .store
+        .newest_push(&environment.name, &environment.branch)
+        .await?;
     if pushed.is_none() || pushed == serving {
         let answer = Json(json!({"environment": environment.name, "pinned": null, "build": null}));
         return Ok(axum::response::IntoResponse::into_response(answer));

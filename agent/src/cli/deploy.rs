@@ -14,7 +14,7 @@ use crate::builds::Stage;
 use crate::cluster::Cluster;
 use crate::cluster::snapshot::Target as Watched;
 use crate::config::{Docker, Environment};
-use crate::manifests::render::{self, Target, repository};
+use crate::manifests::render::{self, Places, Target, repository};
 use crate::manifests::{self, Manifest, files, text};
 use crate::pipeline::Verify;
 use crate::release::{AppliedObject, Release};
@@ -69,12 +69,12 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         &environment,
         arguments.cluster.namespace.is_some(),
     )?;
-    let mut release = render(arguments, &environment, &manifests)?;
+    let (mut release, places) = render(arguments, &environment, &manifests)?;
     let build = standalone::build(0);
     let docker = Docker::default();
     let done = standalone::with_log(Stage::Deploy, async |log, cancel| {
         let scope = standalone::scope(&build, &environment, &docker, log, cancel);
-        let found = match plan::review(&scope, &cluster, &mut release, &[]).await {
+        let found = match plan::review(&scope, &cluster, &mut release, &places, &[]).await {
             Ok(found) => found,
             Err(error) => return standalone::report(&error),
         };
@@ -136,7 +136,7 @@ fn render(
     arguments: &Arguments,
     environment: &Environment,
     manifests: &[Manifest],
-) -> anyhow::Result<Release> {
+) -> anyhow::Result<(Release, Places)> {
     let mut pinned = BTreeMap::new();
     for (wanted, reference) in &arguments.image {
         let named = render::all_images(manifests);
@@ -167,11 +167,12 @@ fn render(
         timeout_seconds: arguments.timeout.as_secs(),
         soak_seconds: 0,
     };
-    Ok(Release {
+    let release = Release {
         objects: rendered.objects,
         set_hash: rendered.set_hash,
         ..standalone::release(environment, verify)
-    })
+    };
+    Ok((release, rendered.places))
 }
 
 async fn transaction(

@@ -13,7 +13,7 @@ use crate::builds::Stage;
 use crate::cluster::{Cluster, policy};
 use crate::config::{self, Config, Environment};
 use crate::git::tree::read_beneath;
-use crate::manifests::render::{self, Target};
+use crate::manifests::render::{self, Places, Target};
 use crate::manifests::{self, files};
 use crate::pipeline::{self, Pipeline};
 use crate::release::Release;
@@ -46,7 +46,7 @@ pub struct Arguments {
 pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let config = Config::load(&arguments.config)?;
     let environment = choose(&config, arguments.environment.as_deref())?;
-    let mut release = render(arguments, environment)?;
+    let (mut release, places) = render(arguments, environment)?;
     let cluster = match Cluster::connect(environment).await {
         Ok(cluster) => cluster,
         Err(error) => return Ok(standalone::report(&error.into())),
@@ -54,7 +54,7 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let build = standalone::build(0);
     let review = async |release: &mut Release, log: &_, cancel: &_| {
         let scope = standalone::scope(&build, environment, &config.docker, log, cancel);
-        plan::review(&scope, &cluster, release, &[]).await
+        plan::review(&scope, &cluster, release, &places, &[]).await
     };
     let reviewed = if arguments.output.is_json() {
         let log = crate::build_log::BuildLog::new(crate::build_log::Masker::default(), 1 << 20, 0);
@@ -96,7 +96,7 @@ fn choose<'a>(config: &'a Config, named: Option<&str>) -> anyhow::Result<&'a Env
     }
 }
 
-fn render(arguments: &Arguments, environment: &Environment) -> anyhow::Result<Release> {
+fn render(arguments: &Arguments, environment: &Environment) -> anyhow::Result<(Release, Places)> {
     let pipeline = read_pipeline(&arguments.dir, &environment.pipeline)?;
     let texts = files::read(&arguments.dir, &pipeline.deploy.manifests)
         .map_err(|problem| anyhow::anyhow!("{problem}"))?;
@@ -130,12 +130,13 @@ fn render(arguments: &Arguments, environment: &Environment) -> anyhow::Result<Re
         Ok(rendered) => rendered,
         Err(cause) => bail!("{}", cause.sentence),
     };
-    Ok(Release {
+    let release = Release {
         image,
         objects: rendered.objects,
         set_hash: rendered.set_hash,
         ..standalone::release(environment, pipeline.verify)
-    })
+    };
+    Ok((release, rendered.places))
 }
 
 fn read_pipeline(tree: &Path, path: &str) -> anyhow::Result<Pipeline> {

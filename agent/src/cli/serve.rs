@@ -5,7 +5,6 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -14,10 +13,11 @@ use crate::config::Config;
 use crate::runner::Agent;
 use crate::server;
 use crate::store::Store;
-use crate::{github, queue};
+use crate::{github, own_secret, queue, reconcile, sweep};
 
 /// Exit code of a configuration that cannot be used (design section 7).
 const EXIT_CONFIGURATION: u8 = 2;
+const ADMIN_TOKEN_MIN: usize = 32;
 
 pub async fn run(config_path: &Path) -> anyhow::Result<ExitCode> {
     match start(config_path).await {
@@ -66,7 +66,7 @@ async fn start(config_path: &Path) -> anyhow::Result<Serving> {
         config: Arc::clone(&config),
         store: store.clone(),
         exe: crate::git::process::own_exe()?,
-        holder: hex::encode(random_bytes::<8>()?),
+        holder: own_secret::random_hex()?,
         stopping: CancellationToken::new(),
     };
     let app = App {
@@ -115,6 +115,8 @@ impl Serving {
             app.store.clone(),
             shutdown.clone(),
         ));
+        let reconciler = tokio::spawn(reconcile::run(Arc::clone(&agent), shutdown.clone()));
+        let sweeper = tokio::spawn(sweep::run(Arc::clone(&agent), shutdown.clone()));
         let queue = tokio::spawn(queue::run(agent, shutdown.clone()));
         wait_for_signal().await;
         tracing::info!(
@@ -128,6 +130,8 @@ impl Serving {
                 let _ = webhook.await;
             }
             let _ = github.await;
+            let _ = reconciler.await;
+            let _ = sweeper.await;
         };
         tokio::select! {
             () = all => {}
@@ -149,41 +153,14 @@ async fn wait_for_signal() {
     }
 }
 
-/// The token for writes: made at the first start, readable by its owner only.
+/// The token for writes: made at the first start.
 fn admin_token(data_dir: &Path) -> anyhow::Result<String> {
-    use std::io::Write;
-    use std::os::unix::fs::OpenOptionsExt;
     let path = data_dir.join("admin-token");
-    match std::fs::read_to_string(&path) {
-        Ok(token) if token.trim().len() >= 32 => return Ok(token.trim().to_owned()),
-        Ok(_) => anyhow::bail!(
-            "{} holds no token of 32 characters or more: remove it, and a new one is made",
-            path.display()
-        ),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-        Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
-    }
-    let token = hex::encode(random_bytes::<32>()?);
-    let unfinished = data_dir.join("admin-token.new");
-    let mut file = std::fs::File::options()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&unfinished)
-        .with_context(|| format!("cannot write {}", unfinished.display()))?;
-    file.write_all(format!("{token}\n").as_bytes())?;
-    file.sync_all()?;
-    std::fs::rename(&unfinished, &path)
-        .with_context(|| format!("cannot write {}", path.display()))?;
+    let token = own_secret::read_or_make(&path)?;
+    anyhow::ensure!(
+        token.len() >= ADMIN_TOKEN_MIN,
+        "{} holds no token of {ADMIN_TOKEN_MIN} characters or more: remove it, and a new one is made",
+        path.display()
+    );
     Ok(token)
-}
-
-fn random_bytes<const N: usize>() -> anyhow::Result<[u8; N]> {
-    use std::io::Read;
-    let mut bytes = [0; N];
-    std::fs::File::open("/dev/urandom")
-        .and_then(|mut file| file.read_exact(&mut bytes))
-        .context("cannot read /dev/urandom")?;
-    Ok(bytes)
 }

@@ -4,19 +4,25 @@
 //! busy, and ends as `Trouble`: the author's to mend, or ours.
 
 pub mod apply;
+mod container_signs;
 pub mod diagnose;
 pub mod diff;
 pub mod evidence;
 pub mod lease;
 pub mod observe;
 pub mod ownership;
+mod pod_signs;
 pub mod policy;
+pub mod probes;
 pub mod proxy;
 pub mod refusal;
 pub mod rollout;
+pub mod sign;
 pub mod snapshot;
 pub mod tables;
 pub mod wiring;
+pub mod words;
+mod workload_signs;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};

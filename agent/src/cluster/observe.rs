@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use futures_util::StreamExt;
 use futures_util::stream::{BoxStream, SelectAll, select_all};
 use jiff::Timestamp;
-use k8s_openapi::api::apps::v1::{DaemonSet, Deployment, ReplicaSet, StatefulSet};
+use k8s_openapi::api::apps::v1::{DaemonSet, Deployment, StatefulSet};
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{Event, Pod};
@@ -22,7 +22,7 @@ use serde::de::DeserializeOwned;
 use super::proxy::{self, Asked, Place};
 use super::snapshot::{Kind, LastWords, Running, Snapshot, Target, Workload};
 use super::tables::Listing;
-use super::{Cluster, diagnose};
+use super::{Cluster, probes};
 
 /// One question to the API server.
 const REQUEST_LIMIT: Duration = Duration::from_secs(5);
@@ -332,7 +332,7 @@ impl Observer<'_> {
     /// still be on its way.
     async fn try_other_ports(&mut self, pods: &[Pod], events: &[Event]) {
         for pod in pods {
-            let ports = diagnose::other_ports(pod, events);
+            let ports = probes::other_ports(pod, events);
             let uid = super::snapshot::uid(pod);
             let (last, tries) = self.ports_tried.get(uid).copied().unzip();
             let is_known = self.listening.contains_key(uid) || ports.is_empty();

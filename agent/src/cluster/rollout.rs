@@ -8,10 +8,13 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::diagnose::{self, Patience, Sign, recent_probe_failure};
+use super::diagnose;
+use super::probes::recent_probe_failure;
+use super::sign::{Patience, Sign};
 use super::snapshot::{
     Running, Snapshot, Target, Workload, created, has_ended, is_ready, is_terminating, name, uid,
 };
+use super::words;
 use crate::builds::Cause;
 
 /// A container that died once and runs again must run for so long before the rollout counts as complete.
@@ -548,12 +551,12 @@ fn job_failed(target: &Target, snapshot: &Snapshot) -> Option<Cause> {
         .last_words
         .values()
         .rev()
-        .find_map(|words| diagnose::last_line(words));
+        .find_map(|words| words::last_line(words));
     let words = words.map(|line| format!(": {line}")).unwrap_or_default();
     let sentence = format!(
         "{} failed ({}){words}",
         target.display_name(),
-        diagnose::shortened(told)
+        words::shortened(told)
     );
     let hint = format!("see `kubectl logs {}`", target.display_name());
     Some(

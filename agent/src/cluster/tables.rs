@@ -8,8 +8,8 @@ use k8s_openapi::api::autoscaling::v2::{HorizontalPodAutoscaler, MetricSpec, Met
 use k8s_openapi::api::core::v1::{Event, Pod, Service};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
-use super::diagnose::{last_seen, message, shortened};
 use super::snapshot::{REVISION_ANNOTATION, annotation, controller_uid, created, is_terminating};
+use super::words::{last_seen, message, shortened};
 
 /// Further rows are counted and not shown.
 const ROWS_MAX: usize = 40;

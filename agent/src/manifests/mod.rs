@@ -11,6 +11,8 @@ pub mod yaml_scalar;
 
 use std::collections::HashMap;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 
 use self::yaml::{Budget, Document};
@@ -94,6 +96,28 @@ pub fn text<'a>(object: &'a Value, pointer: &str) -> &'a str {
         .pointer(pointer)
         .and_then(Value::as_str)
         .unwrap_or_default()
+}
+
+/// The values of all Secrets among these objects, as programs see them: what no log may show. What is no text is left out.
+pub fn secret_values(objects: &[Value]) -> Vec<String> {
+    let secrets = objects.iter().filter(|object| kind(object) == "Secret");
+    let values = |object: &Value, pointer: &str| -> Vec<String> {
+        let members = object.pointer(pointer).and_then(Value::as_object);
+        let texts = members
+            .into_iter()
+            .flatten()
+            .filter_map(|(_, value)| value.as_str());
+        texts.map(str::to_owned).collect()
+    };
+    let decoded = |text: String| String::from_utf8(STANDARD.decode(text).ok()?).ok();
+    secrets
+        .flat_map(|secret| {
+            let encoded = values(secret, "/data").into_iter().filter_map(decoded);
+            encoded
+                .chain(values(secret, "/stringData"))
+                .collect::<Vec<_>>()
+        })
+        .collect()
 }
 
 /// Reads files, given as path and text, in their order.
@@ -310,6 +334,15 @@ mod tests {
             let error = read_one(text).expect_err(text).to_string();
             assert!(error.contains(expected), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn the_values_of_secrets_are_found() {
+        let objects = [
+            serde_json::json!({"kind": "Secret", "data": {"a": "aHVudGVyMg==", "b": "/w=="}, "stringData": {"c": "plain"}}),
+            serde_json::json!({"kind": "ConfigMap", "data": {"a": "open"}}),
+        ];
+        assert_eq!(secret_values(&objects), ["hunter2", "plain"]);
     }
 
     #[test]

@@ -53,7 +53,11 @@ pub struct Target<'a> {
 pub struct Rendered {
     pub objects: Vec<Value>,
     pub set_hash: String,
+    pub places: Places,
 }
+
+/// Where each object stands in the repository, by its display name: `kubernetes/app.yaml:12 (document 2)`.
+pub type Places = BTreeMap<String, String>;
 
 /// Renders a set that was read and allowed.
 pub fn render(target: &Target<'_>, manifests: &[Manifest]) -> Result<Rendered, Cause> {
@@ -78,12 +82,18 @@ pub fn render(target: &Target<'_>, manifests: &[Manifest]) -> Result<Rendered, C
     {
         write(account, "labels", ACCOUNT_LABEL.0, ACCOUNT_LABEL.1);
     }
+    let names = objects.iter().map(display_name);
+    let places = names.zip(manifests.iter().map(Manifest::place)).collect();
     objects.sort_by_key(|object| rank(kind(object)));
     let set_hash = release::hash(&objects);
     for object in &mut objects {
         stamp_history(target, object, &set_hash);
     }
-    Ok(Rendered { objects, set_hash })
+    Ok(Rendered {
+        objects,
+        set_hash,
+        places,
+    })
 }
 
 /// References of images that are built elsewhere and named without a digest.

@@ -20,6 +20,7 @@ use crate::builds::{
     Build, BuildKind, Cause, Outcome, Stage, StageStatus, Status, human_duration, now, short,
 };
 use crate::config::{Config, Environment};
+use crate::manifests::secret_values;
 use crate::release::{Evidence, Release};
 use crate::stages::checkout::Checkout;
 use crate::stages::{
@@ -41,6 +42,13 @@ pub struct Agent {
     pub holder: String,
     /// Fires when the agent stops: a canceled build is then left to be resumed.
     pub stopping: CancellationToken,
+}
+
+impl Agent {
+    /// A build's own folder; removed when the build has ended.
+    pub fn work_dir(&self, build: i64) -> PathBuf {
+        self.config.data_dir.join("work").join(build.to_string())
+    }
 }
 
 /// How a build ended.
@@ -116,7 +124,7 @@ async fn run_logged(
         .finish(&build, ended.status, ended.outcome, ended.cause.as_ref())
         .await?;
     tracing::info!(build = build.id, status = %ended.status, outcome = %ended.outcome, "build ended");
-    remove_work(&work_dir(agent, &build)).await;
+    remove_work(&agent.work_dir(build.id)).await;
     Ok(())
 }
 
@@ -203,14 +211,6 @@ fn mirrors(agent: &Agent) -> PathBuf {
     agent.config.data_dir.join("mirrors")
 }
 
-fn work_dir(agent: &Agent, build: &Build) -> PathBuf {
-    agent
-        .config
-        .data_dir
-        .join("work")
-        .join(build.id.to_string())
-}
-
 async fn remove_work(path: &Path) {
     if let Err(error) = tokio::fs::remove_dir_all(path).await
         && error.kind() != std::io::ErrorKind::NotFound
@@ -247,7 +247,7 @@ impl<'a> Line<'a> {
             log,
             cancel,
             mirrors: mirrors(agent),
-            work: work_dir(agent, build),
+            work: agent.work_dir(build.id),
             requests: Mutex::default(),
         }
     }
@@ -270,7 +270,9 @@ impl<'a> Line<'a> {
                 "The agent was stopped; attempt {} goes on from here.",
                 self.build.attempt
             ));
-            if let Err(error) = test::sweep(&self.agent.config.docker, &self.work).await {
+            let own = test::owner(&self.work);
+            let is_own = |_, owner: &str| owner == own;
+            if let Err(error) = test::sweep(&self.agent.config.docker, is_own).await {
                 tracing::warn!(
                     build = self.build.id,
                     error = format!("{error:#}"),
@@ -420,11 +422,11 @@ impl<'a> Line<'a> {
     }
 
     async fn stored_release(&self, id: i64) -> anyhow::Result<Release> {
-        self.agent
-            .store
-            .release(id)
-            .await?
-            .with_context(|| format!("release {id} is not in the store"))
+        let release = self.agent.store.release(id).await?;
+        let release = release.with_context(|| format!("release {id} is not in the store"))?;
+        let log = self.log.stage(Stage::Deploy);
+        log.also_mask(&secret_values(&release.objects));
+        Ok(release)
     }
 
     fn scope<'s>(&'s self, log: &'s StageLog) -> Scope<'s> {

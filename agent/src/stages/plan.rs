@@ -16,7 +16,7 @@ use super::{Built, CheckedOut, Scope, StageError, StageResult, foreign_images, l
 use crate::builds::Cause;
 use crate::cluster::apply::{self, Done, Rules};
 use crate::cluster::{Cluster, Trouble, diff, observe, policy, wiring};
-use crate::manifests::render::{self, Target, template_hash};
+use crate::manifests::render::{self, Places, Target, template_hash};
 use crate::manifests::{self, Manifest, api_version, display_name, files, kind, name, text};
 use crate::pipeline::Pipeline;
 use crate::release::{AppliedObject, Change, Planned, Release};
@@ -64,6 +64,9 @@ pub async fn run(
         title: &checked_out.title,
     };
     let rendered = render::render(&target, &manifests).map_err(StageError::Failed)?;
+    scope
+        .log
+        .also_mask(&manifests::secret_values(&rendered.objects));
     let cluster = Cluster::connect(scope.environment).await?;
     let pipeline = &checked_out.pipeline;
     let mut release = Release {
@@ -83,22 +86,26 @@ pub async fn run(
         first_release: pipeline.first_release,
         set_hash: rendered.set_hash,
     };
-    let found = review(scope, &cluster, &mut release, &ground.created).await?;
+    let created = &ground.created;
+    let found = review(scope, &cluster, &mut release, &rendered.places, created).await?;
     Ok(Plan {
         release,
         found: found.filter(|_| ground.serving.is_none()),
     })
 }
 
-/// What a rendered release would change and remove, by the cluster's word. With it comes what it finds there, as a release.
+/// What a rendered release would change and remove, by the cluster's word; a refusal names the place of its object. With it
+/// comes what it finds there, as a release.
 pub async fn review(
     scope: &Scope<'_>,
     cluster: &Cluster,
     release: &mut Release,
+    places: &Places,
     created: &[AppliedObject],
 ) -> StageResult<Option<Release>> {
     let objects = &release.objects;
-    let (plan, live) = limited(scope, "the plan", LIMIT, dry_run(scope, cluster, objects)).await?;
+    let work = dry_run(scope, cluster, objects, places);
+    let (plan, live) = limited(scope, "the plan", LIMIT, work).await?;
     let prune = prune(scope, objects, created);
     release.plan = plan;
     let removed = prune.iter().map(|object| Planned {
@@ -186,6 +193,7 @@ async fn dry_run(
     scope: &Scope<'_>,
     cluster: &Cluster,
     objects: &[Value],
+    places: &Places,
 ) -> StageResult<(Vec<Planned>, Vec<Value>)> {
     if !namespace_is_there(scope, cluster).await? {
         let namespace = &cluster.namespace;
@@ -203,9 +211,14 @@ async fn dry_run(
     let rules = rules(scope, cluster, objects).await?;
     let mut unsettled = BTreeSet::new();
     let (mut planned, mut found) = (Vec::new(), Vec::new());
-    let mut refused = leads_nowhere(scope, cluster, objects).await?;
-    for cause in &refused {
+    let mut refused: Vec<Cause> = Vec::new();
+    let mut refuse = |cause: Cause| {
+        let cause = placed(cause, places);
         scope.log.line(format!("refused: {}", cause.sentence));
+        refused.push(cause);
+    };
+    for cause in leads_nowhere(scope, cluster, objects).await? {
+        refuse(cause);
     }
     for object in objects {
         match plan_one(scope, cluster, &rules, object, &mut unsettled).await {
@@ -214,10 +227,7 @@ async fn dry_run(
                 planned.push(one);
                 found.extend(live);
             }
-            Err(Trouble::Refused(cause)) => {
-                scope.log.line(format!("refused: {}", cause.sentence));
-                refused.push(cause);
-            }
+            Err(Trouble::Refused(cause)) => refuse(cause),
             Err(Trouble::Agent(error)) => return Err(StageError::Agent(error)),
         }
     }
@@ -231,6 +241,15 @@ async fn dry_run(
             Err(StageError::Failed(first))
         }
     }
+}
+
+fn placed(cause: Cause, places: &Places) -> Cause {
+    let place = cause.object.as_ref().and_then(|object| places.get(object));
+    let sentence = match place {
+        Some(place) => format!("{place}: {}", cause.sentence),
+        None => cause.sentence,
+    };
+    Cause { sentence, ..cause }
 }
 
 async fn plan_one(

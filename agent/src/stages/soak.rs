@@ -10,9 +10,10 @@ use tokio::time::Instant;
 use super::{Scope, StageError, StageResult};
 use crate::builds::Cause;
 use crate::cluster::Cluster;
-use crate::cluster::diagnose;
 use crate::cluster::observe::{self, Observer, Sight, Unseen};
+use crate::cluster::probes::recent_probe_failure;
 use crate::cluster::snapshot::{self, Running, Snapshot, Target};
+use crate::cluster::words::{last_line, shortened};
 use crate::release::Release;
 
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -135,9 +136,9 @@ async fn judge(
         }
         let since = *seen.unready_since.get_or_insert_with(Instant::now);
         if since.elapsed() >= UNREADY_FOR {
-            let probe = diagnose::recent_probe_failure(pod, snapshot, "Readiness");
+            let probe = recent_probe_failure(pod, snapshot, "Readiness");
             let told = probe
-                .map(|told| format!(": {}", diagnose::shortened(told)))
+                .map(|told| format!(": {}", shortened(told)))
                 .unwrap_or_default();
             let sentence = format!(
                 "pod {} lost its readiness after the smoke test{told}",
@@ -160,7 +161,7 @@ async fn died(cluster: &Cluster, container: &Running<'_>) -> Cause {
             .unwrap_or_default(),
         None => String::new(),
     };
-    let last = diagnose::last_line(&words)
+    let last = last_line(&words)
         .map(|line| format!(": {line}"))
         .unwrap_or_default();
     let how = match death {

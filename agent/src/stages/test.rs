@@ -15,8 +15,9 @@ use bollard::errors::Error;
 use bollard::models::{ContainerCreateBody, HostConfig, HostConfigLogConfig};
 use bollard::query_parameters::{
     AttachContainerOptionsBuilder, CreateContainerOptionsBuilder, CreateImageOptionsBuilder,
-    ListContainersOptionsBuilder, RemoveContainerOptions, RemoveContainerOptionsBuilder,
-    RemoveImageOptions, StartContainerOptions, TagImageOptionsBuilder, WaitContainerOptionsBuilder,
+    ListContainersOptionsBuilder, ListImagesOptionsBuilder, RemoveContainerOptions,
+    RemoveContainerOptionsBuilder, RemoveImageOptions, StartContainerOptions,
+    TagImageOptionsBuilder, WaitContainerOptionsBuilder,
 };
 use futures_util::StreamExt;
 use sha2::{Digest, Sha256};
@@ -87,21 +88,52 @@ pub fn owner(work: &Path) -> String {
     digits
 }
 
-/// Removes what a killed agent left of the build with this work folder: containers, running or not.
-pub async fn sweep(docker: &config::Docker, work: &Path) -> anyhow::Result<usize> {
-    let docker = docker::connect(docker).await?;
-    let filters = HashMap::from([("label", vec![format!("{LABEL_OWNER}={}", owner(work))])]);
+/// Removes what killed agents left on the engine: containers, running or not, and tags of test images. `is_left` is asked with
+/// a build's number and with its `owner`; what was not made by an agent it is not asked about. How much was removed.
+pub async fn sweep(
+    settings: &config::Docker,
+    is_left: impl Fn(i64, &str) -> bool,
+) -> anyhow::Result<usize> {
+    let docker = docker::connect(settings).await?;
+    let filters = HashMap::from([("label", vec![LABEL_OWNER.to_owned()])]);
     let options = ListContainersOptionsBuilder::default()
         .all(true)
         .filters(&filters)
         .build();
-    let containers = docker.list_containers(Some(options)).await?;
     let mut removed = 0;
-    for id in containers.into_iter().filter_map(|container| container.id) {
-        remove(&docker, &id).await?;
-        removed += 1;
+    for container in docker.list_containers(Some(options)).await? {
+        let labels = container.labels.unwrap_or_default();
+        let build = labels
+            .get(buildkit::LABEL_BUILD)
+            .and_then(|id| id.parse().ok());
+        if let (Some(id), Some(build), Some(owner)) = (container.id, build, labels.get(LABEL_OWNER))
+            && is_left(build, owner)
+        {
+            remove(&docker, &id).await?;
+            removed += 1;
+        }
+    }
+    let filters = HashMap::from([("reference", vec![format!("{TEST_REPOSITORY}/*")])]);
+    let options = ListImagesOptionsBuilder::default()
+        .filters(&filters)
+        .build();
+    let images = docker.list_images(Some(options)).await?;
+    for tag in images.iter().flat_map(|image| &image.repo_tags) {
+        if owner_of_tag(tag).is_some_and(|(build, owner)| is_left(build, owner)) {
+            docker
+                .remove_image(tag, None::<RemoveImageOptions>, None)
+                .await?;
+            removed += 1;
+        }
     }
     Ok(removed)
+}
+
+/// `landfall-test/NAME:BUILD-OWNER-NUMBER`, as `image_of` tags it.
+fn owner_of_tag(tag: &str) -> Option<(i64, &str)> {
+    let (_, tag) = tag.strip_prefix(TEST_REPOSITORY)?.rsplit_once(':')?;
+    let mut parts = tag.split('-');
+    Some((parts.next()?.parse().ok()?, parts.next()?))
 }
 
 struct Image {

@@ -1,9 +1,9 @@
 //! Builds and the journal of their stages: queued, claimed, moved on, ended.
 
-use sqlx::{FromRow, Row};
+use sqlx::Row;
 
 use super::Store;
-use super::dialect::on;
+use super::dialect::{on, row};
 use crate::builds::{
     Build, BuildKind, Cause, Outcome, Push, Stage, StageRow, StageStatus, Status, now,
 };
@@ -106,30 +106,31 @@ pub struct Filter {
     pub before: Option<i64>,
 }
 
-#[derive(FromRow)]
-struct BuildRow {
-    id: i64,
-    environment: String,
-    repository: String,
-    branch: String,
-    commit_id: String,
-    title: String,
-    pushed_by: String,
-    kind: String,
-    status: String,
-    outcome: String,
-    cause: Option<String>,
-    stage: Option<String>,
-    attempt: i64,
-    fence: i64,
-    image: Option<String>,
-    release_id: Option<i64>,
-    queued_at: i64,
-    started_at: Option<i64>,
-    finished_at: Option<i64>,
-    cancel_requested: bool,
-    superseded_by: Option<i64>,
-    restored_release: Option<i64>,
+row! {
+    struct BuildRow {
+        id: i64,
+        environment: String,
+        repository: String,
+        branch: String,
+        commit_id: String,
+        title: String,
+        pushed_by: String,
+        kind: String,
+        status: String,
+        outcome: String,
+        cause: Option<String>,
+        stage: Option<String>,
+        attempt: i64,
+        fence: i64,
+        image: Option<String>,
+        release_id: Option<i64>,
+        queued_at: i64,
+        started_at: Option<i64>,
+        finished_at: Option<i64>,
+        cancel_requested: bool,
+        superseded_by: Option<i64>,
+        restored_release: Option<i64>,
+    }
 }
 
 macro_rules! select {
@@ -404,14 +405,15 @@ impl Store {
     }
 
     pub async fn stages(&self, build_id: i64) -> anyhow::Result<Vec<StageRow>> {
-        #[derive(FromRow)]
-        struct Raw {
-            stage: String,
-            attempt: i64,
-            status: String,
-            begun_at: i64,
-            done_at: Option<i64>,
-            baton: Option<String>,
+        row! {
+            struct Raw {
+                stage: String,
+                attempt: i64,
+                status: String,
+                begun_at: i64,
+                done_at: Option<i64>,
+                baton: Option<String>,
+            }
         }
         let rows: Vec<Raw> = on!(&self.main, pool => sqlx::query_as(
                 "SELECT stage, attempt, status, begun_at, done_at, baton FROM stages WHERE build_id = $1 ORDER BY ordinal")

@@ -7,22 +7,70 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::Context;
-use sqlx::migrate::Migrator;
+use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
-use sqlx::{PgPool, SqlitePool};
+use sqlx::{PgPool, SqlSafeStr, SqlitePool};
 
 /// An earlier one loses committed writes in WAL mode (sqlite.org, changes of 3.51.3).
 const SQLITE_VERSION_MIN: (u32, u32, u32) = (3, 51, 3);
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
+// By hand, as `row!` below: sqlx's own macros bring a second SQLite, compiled for the compiler.
 fn main_migrations() -> Migrator {
-    sqlx::migrate!("./migrations/main")
+    Migrator::with_migrations(vec![
+        migration(
+            1,
+            "builds",
+            include_str!("../../migrations/main/0001_builds.sql"),
+        ),
+        migration(
+            2,
+            "transaction",
+            include_str!("../../migrations/main/0002_transaction.sql"),
+        ),
+    ])
 }
 
 fn logs_migrations() -> Migrator {
-    sqlx::migrate!("./migrations/logs")
+    let chunks = include_str!("../../migrations/logs/0002_log_chunks.sql");
+    Migrator::with_migrations(vec![migration(2, "log chunks", chunks)])
 }
+
+fn migration(version: i64, description: &'static str, sql: &'static str) -> Migration {
+    let (kind, without_transaction) = (MigrationType::Simple, false);
+    Migration::new(
+        version,
+        description.into(),
+        kind,
+        sql.into_sql_str(),
+        without_transaction,
+    )
+}
+
+/// A struct that is read from a row by the names of its fields.
+macro_rules! row {
+    ($(#[$about:meta])* $vis:vis struct $name:ident { $($(#[$field_about:meta])* $field_vis:vis $field:ident: $type:ty,)* }) => {
+        $(#[$about])*
+        $vis struct $name {
+            $($(#[$field_about])* $field_vis $field: $type,)*
+        }
+
+        impl<'r, R> sqlx::FromRow<'r, R> for $name
+        where
+            R: sqlx::Row,
+            &'static str: sqlx::ColumnIndex<R>,
+            $($type: sqlx::Decode<'r, R::Database> + sqlx::Type<R::Database>,)*
+        {
+            fn from_row(row: &'r R) -> sqlx::Result<Self> {
+                Ok(Self {
+                    $($field: row.try_get(stringify!($field))?,)*
+                })
+            }
+        }
+    };
+}
+pub(crate) use row;
 
 /// One database of either kind.
 #[derive(Debug, Clone)]

@@ -1,9 +1,8 @@
 //! Environments: what serves, what holds them, and the releases that served there.
 
 use serde::Serialize;
-use sqlx::FromRow;
 
-use super::dialect::on;
+use super::dialect::{on, row};
 use super::{NewBuild, Store};
 use crate::builds::{BuildKind, Millis, Push, now};
 
@@ -15,26 +14,28 @@ pub struct Pin {
     pub at: Millis,
 }
 
-/// One time that a release served, or one that failed to.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, FromRow)]
-pub struct Serving {
-    pub release: i64,
-    /// The build that brought it.
-    pub build: i64,
-    pub commit: String,
-    pub title: String,
-    pub image: String,
-    /// `live`, `failed`, or `adopted`: what stood there before the first release.
-    pub state: String,
-    pub kind: String,
-    pub by: String,
-    /// JSON: workload and revision, as `kubectl rollout history` counts.
-    #[serde(serialize_with = "as_json")]
-    pub revisions: String,
-    pub began_at: Millis,
-    /// None where it serves now.
-    pub ended_at: Option<Millis>,
-    pub ended_why: Option<String>,
+row! {
+    /// One time that a release served, or one that failed to.
+    #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+    pub struct Serving {
+        pub release: i64,
+        /// The build that brought it.
+        pub build: i64,
+        pub commit: String,
+        pub title: String,
+        pub image: String,
+        /// `live`, `failed`, or `adopted`: what stood there before the first release.
+        pub state: String,
+        pub kind: String,
+        pub by: String,
+        /// JSON: workload and revision, as `kubectl rollout history` counts.
+        #[serde(serialize_with = "as_json")]
+        pub revisions: String,
+        pub began_at: Millis,
+        /// None where it serves now.
+        pub ended_at: Option<Millis>,
+        pub ended_why: Option<String>,
+    }
 }
 
 fn as_json<S: serde::Serializer>(text: &str, serializer: S) -> Result<S::Ok, S::Error> {
@@ -97,14 +98,6 @@ impl Store {
         on!(&self.main, pool => sqlx::query("UPDATE environments SET unsettled = $2 WHERE name = $1")
             .bind(environment).bind(unsettled).execute(pool).await?.rows_affected());
         Ok(())
-    }
-
-    /// The commit of the newest push of an environment's branch that was accepted.
-    pub async fn newest_push(&self, environment: &str) -> anyhow::Result<Option<String>> {
-        Ok(
-            on!(&self.main, pool => sqlx::query_scalar("SELECT commit_id FROM builds WHERE environment = $1 AND kind = 'push' ORDER BY id DESC LIMIT 1")
-            .bind(environment).fetch_optional(pool).await?),
-        )
     }
 
     /// What served and what failed to, newest first.

@@ -1,9 +1,7 @@
 //! What GitHub has not been told yet: the difference between the builds and what was said of them.
 
-use sqlx::FromRow;
-
 use super::Store;
-use super::dialect::on;
+use super::dialect::{on, row};
 use crate::builds::{Build, Millis, now};
 
 /// A build of which not everything was said.
@@ -20,27 +18,30 @@ pub struct Untold {
     pub problem: Option<String>,
 }
 
-/// Other builds of the same commit in the same environment: they share one line on GitHub.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, FromRow)]
-pub struct Siblings {
-    /// Ended with a judgement: passed, failed, errored or canceled.
-    pub finished: i64,
-    /// Queued or running.
-    pub live: i64,
-    /// GitHub shows a final state of one.
-    pub shown: i64,
+row! {
+    /// Other builds of the same commit in the same environment: they share one line on GitHub.
+    #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+    pub struct Siblings {
+        /// Ended with a judgement: passed, failed, errored or canceled.
+        pub finished: i64,
+        /// Queued or running.
+        pub live: i64,
+        /// GitHub shows a final state of one.
+        pub shown: i64,
+    }
 }
 
 impl Store {
     /// Builds from number `from` on that GitHub was not told the end of, oldest first.
     pub async fn untold(&self, from: i64, limit: i64) -> anyhow::Result<Vec<Untold>> {
-        #[derive(FromRow)]
-        struct Raw {
-            id: i64,
-            told: Option<String>,
-            tries: i64,
-            next_at: i64,
-            problem: Option<String>,
+        row! {
+            struct Raw {
+                id: i64,
+                told: Option<String>,
+                tries: i64,
+                next_at: i64,
+                problem: Option<String>,
+            }
         }
         let rows: Vec<Raw> = on!(&self.main, pool => sqlx::query_as(
                 "SELECT b.id, g.told, COALESCE(g.tries, 0) AS tries, COALESCE(g.next_at, 0) AS next_at, g.problem \

@@ -39,10 +39,11 @@ struct Newest {
 }
 
 impl Newest {
-    /// The same bytes, or the same move of the branch.
+    /// The same bytes, the same move of the branch, or a look at the branch was quicker than the delivery.
     fn is_repeated_by(&self, delivery: &Delivery, push: &Push) -> bool {
+        let is_found = self.body_hash.is_empty();
         self.body_hash == delivery.body_hash
-            || (self.before == push.before && self.commit == push.after)
+            || (self.commit == push.after && (is_found || self.before == push.before))
     }
 
     /// GitHub delivers out of order: a push that this one was made on top of, or that GitHub took earlier.
@@ -137,6 +138,50 @@ impl Store {
         });
         self.notify();
         Ok(accepted)
+    }
+
+    /// The commit of the newest push that an environment accepted, whatever became of it.
+    pub async fn newest_push(
+        &self,
+        environment: &str,
+        branch: &str,
+    ) -> anyhow::Result<Option<String>> {
+        Ok(on!(&self.main, pool => sqlx::query_scalar(
+                "SELECT commit_id FROM builds WHERE environment = $1 AND kind = 'push' AND branch = $2 ORDER BY id DESC LIMIT 1")
+            .bind(environment).bind(branch).fetch_optional(pool).await?))
+    }
+
+    /// Queues a build for a push of which no delivery told; None where one was accepted after `newest` was read.
+    pub async fn enqueue_missed(
+        &self,
+        environment: &str,
+        push: &Push,
+        newest: Option<&str>,
+    ) -> anyhow::Result<Option<i64>> {
+        let at = now();
+        let build = NewBuild {
+            environment,
+            push,
+            kind: BuildKind::Push,
+            delivery_id: None,
+            body_hash: "",
+            superseded_by: None,
+            ends_others: true,
+        };
+        let id = on!(&self.main, pool, BEGIN, _lock => {
+            let mut tx = pool.begin_with(BEGIN).await?;
+            let current: Option<String> = sqlx::query_scalar(
+                    "SELECT commit_id FROM builds WHERE environment = $1 AND kind = 'push' AND branch = $2 ORDER BY id DESC LIMIT 1")
+                .bind(environment).bind(&push.branch).fetch_optional(&mut *tx).await?;
+            if current.as_deref() != newest {
+                return Ok(None);
+            }
+            let id = super::builds::insert!(tx, build, at);
+            tx.commit().await?;
+            id
+        });
+        self.notify();
+        Ok(Some(id))
     }
 
     /// Queues a build that a person asked for.

@@ -1,9 +1,9 @@
 //! Log lines, in chunks: written by one task a build, read by everyone who watches.
 
-use sqlx::FromRow;
+use std::collections::HashSet;
 
 use super::Store;
-use super::dialect::on;
+use super::dialect::{on, row};
 use crate::build_log::{CHUNK_BYTES_MAX, LogLine};
 use crate::builds::{Millis, Stage};
 
@@ -55,6 +55,34 @@ impl Store {
         Ok((next, u64::try_from(bytes).unwrap_or(0)))
     }
 
+    /// Removes the logs of builds that ended before a moment, and then of the oldest until all logs together are at most so
+    /// large. Builds that run keep theirs. Of how many builds a log was removed.
+    pub async fn sweep_logs(&self, ended_before: Millis, bytes_max: u64) -> anyhow::Result<usize> {
+        let sizes: Vec<(i64, i64)> = on!(&self.logs, pool => sqlx::query_as(
+                "SELECT build_id, CAST(SUM(LENGTH(bytes)) AS BIGINT) FROM log_chunks GROUP BY build_id ORDER BY build_id DESC")
+            .fetch_all(pool).await?);
+        let kept: HashSet<i64> = on!(&self.main, pool => sqlx::query_scalar(
+                "SELECT id FROM builds WHERE finished_at IS NULL OR finished_at >= $1")
+            .bind(ended_before).fetch_all(pool).await?)
+        .into_iter()
+        .collect();
+        let open: HashSet<i64> = on!(&self.main, pool => sqlx::query_scalar("SELECT id FROM builds WHERE finished_at IS NULL")
+            .fetch_all(pool).await?).into_iter().collect();
+        let (mut sum, mut swept) = (0_u64, 0);
+        // The newest first: what is over the sum then is the oldest.
+        for (build, bytes) in sizes {
+            sum = sum.saturating_add(u64::try_from(bytes).unwrap_or(0));
+            let is_kept = kept.contains(&build) && sum <= bytes_max;
+            if is_kept || open.contains(&build) {
+                continue;
+            }
+            on!(&self.logs, pool => sqlx::query("DELETE FROM log_chunks WHERE build_id = $1")
+                .bind(build).execute(pool).await?.rows_affected());
+            swept += 1;
+        }
+        Ok(swept)
+    }
+
     /// Lines from number `from` on: whole chunks, at most about `bytes_max`. Empty where there are no more yet.
     pub async fn read_log(
         &self,
@@ -62,12 +90,13 @@ impl Store {
         from: i64,
         bytes_max: usize,
     ) -> anyhow::Result<Vec<NumberedLine>> {
-        #[derive(FromRow)]
-        struct Chunk {
-            first_line: i64,
-            stage: String,
-            lines: String,
-            bytes: Vec<u8>,
+        row! {
+            struct Chunk {
+                first_line: i64,
+                stage: String,
+                lines: String,
+                bytes: Vec<u8>,
+            }
         }
         let limit = i64::try_from(bytes_max / CHUNK_BYTES_MAX)?.max(1);
         let chunks: Vec<Chunk> = on!(&self.logs, pool => sqlx::query_as(
@@ -115,4 +144,59 @@ fn chunks(lines: &[LogLine]) -> Vec<&[LogLine]> {
         rest = after;
     }
     chunks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::builds::{BuildKind, Outcome, Push, Status};
+
+    #[tokio::test]
+    async fn old_logs_go_first_and_those_of_running_builds_stay() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path(), None).await.unwrap();
+        let push = Push {
+            repository_id: None,
+            repository: "acme/hello".to_owned(),
+            branch: "main".to_owned(),
+            before: String::new(),
+            after: "a".to_owned(),
+            pusher: String::new(),
+            title: String::new(),
+            pushed_at: None,
+        };
+        on!(&store.main, pool => { sqlx::query("INSERT INTO environments (name) VALUES ('one'), ('two'), ('three')").execute(pool).await.unwrap(); });
+        for environment in ["one", "two", "three"] {
+            let id = store
+                .enqueue(environment, &push, BuildKind::Manual)
+                .await
+                .unwrap();
+            let line = LogLine {
+                stage: Stage::Test,
+                at: 0,
+                bytes: vec![b'x'; 100],
+            };
+            store.append_log(id, 1, &[line]).await.unwrap();
+        }
+        // #1 and #2 have ended, #3 waits.
+        for _ in 0..2 {
+            let build = store.claim("us").await.unwrap().unwrap();
+            store
+                .finish(&build, Status::Passed, Outcome::Live, None)
+                .await
+                .unwrap();
+        }
+        let left = async || -> Vec<u64> {
+            let mut bytes = Vec::new();
+            for id in 1..=3 {
+                bytes.push(store.log_end(id).await.unwrap().1);
+            }
+            bytes
+        };
+        assert_eq!(store.sweep_logs(0, 1000).await.unwrap(), 0);
+        assert_eq!(store.sweep_logs(0, 250).await.unwrap(), 1);
+        assert_eq!(left().await, [0, 100, 100]);
+        assert_eq!(store.sweep_logs(i64::MAX, 1000).await.unwrap(), 1);
+        assert_eq!(left().await, [0, 0, 100]);
+    }
 }

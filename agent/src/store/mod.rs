@@ -10,6 +10,7 @@ mod github;
 mod intake;
 mod logs;
 mod releases;
+mod seal;
 
 use std::fs::File;
 use std::path::Path;
@@ -20,6 +21,7 @@ use tokio::sync::watch;
 
 use crate::config::Environment;
 use dialect::{Db, on};
+use seal::Seal;
 
 pub use builds::{Filter, NewBuild};
 pub use environments::{Pin, Serving};
@@ -34,6 +36,7 @@ pub struct Store {
     logs: Db,
     /// Grows with every change of builds, stages or logs that this process made: wakes the queue, GitHub and viewers.
     changed: Arc<watch::Sender<u64>>,
+    seal: Arc<Seal>,
     /// Held as long as the store: a second agent on the same folder is refused.
     _lock: Arc<File>,
 }
@@ -42,10 +45,12 @@ impl Store {
     /// Opens or makes the store in `data_dir`, brings it up to date, and locks the folder.
     pub async fn open(data_dir: &Path, database: Option<&str>) -> anyhow::Result<Self> {
         let lock = lock(data_dir)?;
+        let seal = Arc::new(Seal::open(data_dir)?);
         let (main, logs) = dialect::open(data_dir, database).await?;
         Ok(Self {
             main,
             logs,
+            seal,
             changed: Arc::new(watch::Sender::new(0)),
             _lock: Arc::new(lock),
         })

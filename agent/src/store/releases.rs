@@ -2,11 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use sqlx::{FromRow, Row};
+use sqlx::Row;
 
 use super::Store;
 use super::builds::unpin;
-use super::dialect::on;
+use super::dialect::{on, row};
 use crate::builds::{Build, BuildKind, Millis, now};
 use crate::release::{AppliedObject, Change, Evidence, Release};
 
@@ -25,7 +25,8 @@ impl Store {
                 }
                 None => number!(tx),
             };
-            insert!(tx, id, build, release, "planned");
+            let body = self.body(id, release)?;
+            insert!(tx, id, build, release, body, "planned");
             let held = sqlx::query("UPDATE builds SET release_id = $3 WHERE id = $1 AND fence = $2")
                 .bind(build.id).bind(build.fence).bind(id).execute(&mut *tx).await?.rows_affected();
             anyhow::ensure!(held == 1, "build #{} is no longer ours", build.id);
@@ -49,7 +50,8 @@ impl Store {
                 }
                 None => number!(tx),
             };
-            insert!(tx, id, build, found, "adopted");
+            let body = self.body(id, found)?;
+            insert!(tx, id, build, found, body, "adopted");
             tx.commit().await?;
         });
         Ok(())
@@ -57,14 +59,30 @@ impl Store {
 
     pub async fn release(&self, id: i64) -> anyhow::Result<Option<Release>> {
         let body: Option<String> = on!(&self.main, pool => sqlx::query_scalar("SELECT body FROM releases WHERE id = $1").bind(id).fetch_optional(pool).await?);
-        Ok(body.as_deref().map(serde_json::from_str).transpose()?)
+        body.map(|body| self.of_body(&body)).transpose()
+    }
+
+    /// The whole release as it is stored: under its number, and with sealed Secrets.
+    fn body(&self, id: i64, release: &Release) -> anyhow::Result<String> {
+        let mut stored = Release {
+            id,
+            ..release.clone()
+        };
+        self.seal.close(&mut stored.objects)?;
+        Ok(serde_json::to_string(&stored)?)
+    }
+
+    fn of_body(&self, body: &str) -> anyhow::Result<Release> {
+        let mut release: Release = serde_json::from_str(body)?;
+        self.seal.reopen(&mut release.objects)?;
+        Ok(release)
     }
 
     /// What stood in an environment before its first release, where anything did.
     pub async fn adopted(&self, environment: &str) -> anyhow::Result<Option<Release>> {
         let body: Option<String> = on!(&self.main, pool => sqlx::query_scalar("SELECT body FROM releases WHERE environment = $1 AND state = 'adopted'")
             .bind(environment).fetch_optional(pool).await?);
-        Ok(body.as_deref().map(serde_json::from_str).transpose()?)
+        body.map(|body| self.of_body(&body)).transpose()
     }
 
     /// What is live in an environment by our own word: commit and release.
@@ -300,15 +318,16 @@ impl Store {
     }
 }
 
-#[derive(FromRow)]
-struct ObjectRow {
-    release_id: i64,
-    api_version: String,
-    kind: String,
-    namespace: String,
-    name: String,
-    uid: String,
-    change: String,
+row! {
+    struct ObjectRow {
+        release_id: i64,
+        api_version: String,
+        kind: String,
+        namespace: String,
+        name: String,
+        uid: String,
+        change: String,
+    }
 }
 
 impl ObjectRow {
@@ -338,14 +357,13 @@ macro_rules! number {
 use number;
 
 macro_rules! insert {
-    ($tx:ident, $id:ident, $build:ident, $release:ident, $state:literal) => {
-        let body = serde_json::to_string(&Release { id: $id, ..$release.clone() })?;
+    ($tx:ident, $id:ident, $build:ident, $release:ident, $body:ident, $state:literal) => {
         sqlx::query(
             "INSERT INTO releases (id, environment, build_id, commit_id, image, set_hash, body, state, planned_at) \
              VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)",
         )
         .bind($id).bind(&$release.environment).bind($build.id).bind(&$release.commit).bind(&$release.image).bind(&$release.set_hash)
-        .bind(body).bind($state).bind(now()).execute(&mut *$tx).await?;
+        .bind($body).bind($state).bind(now()).execute(&mut *$tx).await?;
     };
 }
 use insert;

@@ -647,7 +647,10 @@ async fn the_plan_finds_what_the_cluster_would_refuse() {
         .await;
     assert_eq!(cause.id, "manifest_invalid");
     assert!(
-        cause.sentence.contains("deployment/web") && cause.sentence.contains(".spec.replica"),
+        cause
+            .sentence
+            .starts_with("k8s/app.yaml:7 (document 2): deployment/web ")
+            && cause.sentence.contains(".spec.replica"),
         "{}",
         cause.sentence
     );
@@ -664,6 +667,11 @@ async fn the_plan_finds_what_the_cluster_would_refuse() {
         .refused(&deployment("web", "", "").replace("apps/v1", "apps/v1beta7"))
         .await;
     assert_eq!(cause.id, "kind_unknown");
+    assert!(
+        cause.sentence.starts_with("k8s/app.yaml:2 (document 1): "),
+        "{}",
+        cause.sentence
+    );
 
     place.kubectl(&[
         "create",
@@ -848,6 +856,20 @@ async fn an_agent_with_a_role_in_its_namespace_can_deploy() {
         panic!("wrote a Service without the right to");
     };
     assert!(format!("{error:#}").contains("service/web"), "{error:#}");
+
+    // Without `patch` nothing can be applied; the plan says so before anything is.
+    place.kubectl(&["delete", "role", "agent"]);
+    let verbs = "--verb=get,list,watch,create";
+    place.kubectl(&["create", "role", "agent", verbs, kinds]);
+    let Err(StageError::Agent(error)) = place.plan(4, &set).await.0 else {
+        panic!("patched without the right to");
+    };
+    let error = format!("{error:#}");
+    assert!(
+        error.contains("the agent may not write configmap/a: ")
+            && error.contains("landfall doctor"),
+        "{error}"
+    );
 }
 
 #[tokio::test]

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use sha2::Sha256;
 
 use crate::git_server::GitServer;
-use crate::support::{Namespace, busybox, eventually, kubeconfig, registry, setting};
+use crate::support::{Namespace, agent_kubeconfig, busybox, eventually, registry, setting};
 
 pub const BRANCH: &str = "main";
 pub const ZERO: &str = "0000000000000000000000000000000000000000";
@@ -93,19 +93,8 @@ impl Landfall {
     }
 
     fn configure(&self, more: &str) {
-        let rights = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dev/agent-rights");
-        let output = Command::new(rights)
-            .arg(kubeconfig())
-            .arg(&self.namespace.0)
-            .arg(setting("LANDFALL_TEST_KUBECTL"))
-            .output()
-            .unwrap();
-        assert!(
-            output.status.success(),
-            "{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        fs::write(self.path("agent.kubeconfig"), output.stdout).unwrap();
+        let kubeconfig = agent_kubeconfig(&self.namespace.0);
+        fs::write(self.path("agent.kubeconfig"), kubeconfig).unwrap();
         let config = format!(
             "listen: 127.0.0.1:{port}\ndata_dir: data\nenvironments:\n  - name: hello\n    repository: acme/hello\n    branch: {BRANCH}\n    \
              clone_url: {url}\n    webhook_secrets: [{SECRET}]\n    kubeconfig: agent.kubeconfig\n    namespace: {namespace}\n    \

@@ -2,8 +2,9 @@
 
 use serde_json::{Value, json};
 
+use crate::docker_world::docker;
 use crate::landfall::{BRANCH, Landfall, is_terminal, push_payload, secret, sign};
-use crate::support::eventually;
+use crate::support::{busybox, eventually};
 use std::time::Duration;
 
 fn titles(build: &Value) -> Vec<&str> {
@@ -799,4 +800,106 @@ async fn a_repository_comes_over_https_and_only_from_who_is_trusted() {
         landfall.log(id).await
     );
     assert!(landfall.log(id).await.contains(&https));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_push_whose_delivery_never_came_is_built_once() {
+    let mut landfall = Landfall::start("missed").await;
+    let often = "data_dir: data\nreconcile_seconds: 1\n";
+    landfall.restart("data_dir: data\n", often, &[]).await;
+    let first = landfall.push(&[("www/index.html", "Hello one")]).await;
+    let build = landfall.end(first).await;
+    assert_eq!(build["outcome"], "live", "{build:#}");
+
+    let lost = landfall.commit(&[("www/index.html", "Hello two")]);
+    let found = eventually("it is found", Duration::from_secs(20), async || {
+        let builds = landfall.get("/api/builds").await;
+        let newest = &builds["builds"][0];
+        (newest["commit"] == lost.as_str()).then(|| newest["id"].as_i64().unwrap())
+    })
+    .await;
+    let build = landfall.end(found).await;
+    assert_eq!(build["outcome"], "live", "{build:#}");
+    assert_eq!(landfall.served("/index.html").trim(), "Hello two");
+
+    // The delivery comes after all.
+    let (status, answer) = landfall.deliver(&landfall.payload(&lost)).await;
+    assert_eq!(status, 202, "{answer}");
+    assert_eq!(answer["builds"][0]["duplicate"], true, "{answer}");
+    assert_eq!(answer["builds"][0]["build"], found, "{answer}");
+    let builds = landfall.get("/api/builds").await;
+    assert_eq!(builds["builds"].as_array().unwrap().len(), 2, "{builds:#}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_nobody_owns_any_more_is_swept_and_nothing_of_others() {
+    let mut landfall = Landfall::start("swept").await;
+    let first = landfall.push(&[]).await;
+    assert_eq!(landfall.end(first).await["outcome"], "live");
+    let work = landfall.path("data/work/4711");
+    let mirror = landfall.path("data/mirrors/gone-0123456789abcdef.git");
+    let own_mirrors = || {
+        std::fs::read_dir(landfall.path("data/mirrors"))
+            .unwrap()
+            .count()
+    };
+    let before = own_mirrors();
+    for folder in [&work, &mirror] {
+        std::fs::create_dir_all(folder.join("deep")).unwrap();
+    }
+    let start = |owner: &str| {
+        let owner = format!("landfall.dev/owner={owner}");
+        let build = "landfall.dev/build=4711";
+        let base = busybox();
+        let arguments = [
+            "run",
+            "-d",
+            "--network=none",
+            "--label",
+            build,
+            "--label",
+            &owner,
+            &base,
+            "sleep",
+            "600",
+        ];
+        docker(&arguments).trim().to_owned()
+    };
+    let left = start(&landfall::stages::test::owner(&work));
+    let of_another = start(&landfall::stages::test::owner(std::path::Path::new(
+        "/of/another",
+    )));
+    let is_there = |id: &str| docker(&["ps", "-aq", "--no-trunc"]).contains(id);
+
+    landfall
+        .restart("data_dir: data\n", "data_dir: data\n", &[])
+        .await;
+    eventually("it is swept", Duration::from_secs(30), async || {
+        let is_swept = !work.exists() && !mirror.exists() && !is_there(&left);
+        is_swept.then_some(())
+    })
+    .await;
+    assert!(is_there(&of_another), "another agent's container is gone");
+    docker(&["rm", "-f", &of_another]);
+    assert_eq!(
+        std::fs::read_dir(landfall.path("data/mirrors"))
+            .unwrap()
+            .count(),
+        before
+    );
+    let again = landfall.push(&[("www/index.html", "Hello again")]).await;
+    assert_eq!(landfall.end(again).await["outcome"], "live");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_build_begins_on_a_full_disk_and_they_go_on_with_room() {
+    let mut landfall = Landfall::start("full").await;
+    let full = "data_dir: data\nmin_free_bytes: 9000000000000000000\n";
+    landfall.restart("data_dir: data\n", full, &[]).await;
+    let waits = landfall.push(&[]).await;
+    // Three turns of the queue.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(landfall.build(waits).await["status"], "queued");
+    landfall.restart(full, "data_dir: data\n", &[]).await;
+    assert_eq!(landfall.end(waits).await["outcome"], "live");
 }

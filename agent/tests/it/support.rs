@@ -1,6 +1,6 @@
 //! What tests share: the real cluster, registry and engine that `make test` has set up, and waiting for a condition.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -46,6 +46,23 @@ pub fn kubectl(arguments: &[&str]) -> String {
         String::from_utf8_lossy(&output.stderr)
     );
     String::from_utf8(output.stdout).unwrap()
+}
+
+/// A kubeconfig of an agent that may do in this namespace what it needs, and nothing elsewhere (dev/agent-rights).
+pub fn agent_kubeconfig(namespace: &str) -> Vec<u8> {
+    let rights = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dev/agent-rights");
+    let output = Command::new(rights)
+        .arg(kubeconfig())
+        .arg(namespace)
+        .arg(setting("LANDFALL_TEST_KUBECTL"))
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    output.stdout
 }
 
 /// A namespace of one test's own, removed with it.

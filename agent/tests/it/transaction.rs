@@ -555,3 +555,72 @@ async fn the_answer_that_failed_the_smoke_test_is_kept() {
         "{kept:#}"
     );
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_secret_of_the_manifests_is_sealed_masked_and_put_back() {
+    let kinds = "    allowed_kinds: [Deployment, Service, Secret]\n";
+    let mut landfall = Landfall::start_with("sealed", kinds).await;
+    let namespace = landfall.namespace.0.clone();
+    let role = [
+        "-n",
+        &namespace,
+        "create",
+        "role",
+        "secrets",
+        "--verb=get,list,create,patch,delete",
+        "--resource=secrets",
+    ];
+    kubectl(&role);
+    let account = format!("--serviceaccount=landfall-agents:{namespace}");
+    kubectl(&[
+        "-n",
+        &namespace,
+        "create",
+        "rolebinding",
+        "secrets",
+        "--role=secrets",
+        &account,
+    ]);
+    let secret = |value: &str| {
+        format!(
+            "apiVersion: v1\nkind: Secret\nmetadata:\n  name: login\nstringData:\n  password: {value}\n"
+        )
+    };
+    live(
+        &mut landfall,
+        &[("kubernetes/login.yaml", &secret("correct-horse"))],
+    )
+    .await;
+    let id = landfall
+        .push(&[
+            ("kubernetes/login.yaml", &secret("wrong-battery")),
+            (
+                "start.sh",
+                "echo 'fatal: wrong-battery is no password' >&2; exit 1",
+            ),
+        ])
+        .await;
+    let build = landfall.end(id).await;
+    let log = landfall.log(id).await;
+    assert_eq!(ended(&build), ("failed", "rolled_back"), "{build:#}\n{log}");
+    assert!(log.contains("fatal: *** is no password"), "{log}");
+    let put_back = field(&landfall, "secret/login", ".data.password");
+    assert_eq!(put_back, "Y29ycmVjdC1ob3JzZQ==");
+    let shown = format!(
+        "{build}{log}{}",
+        landfall.get(&format!("/api/builds/{id}/evidence")).await
+    );
+    assert!(!shown.contains("wrong-battery"), "{shown}");
+    for file in ["landfall.db", "landfall.db-wal", "logs.db", "logs.db-wal"] {
+        let bytes = std::fs::read(landfall.path("data").join(file)).unwrap_or_default();
+        let text = String::from_utf8_lossy(&bytes);
+        for clear in [
+            "correct-horse",
+            "wrong-battery",
+            "Y29ycmVjdC1ob3JzZQ",
+            "d3JvbmctYmF0dGVyeQ",
+        ] {
+            assert!(!text.contains(clear), "{file} holds {clear}");
+        }
+    }
+}

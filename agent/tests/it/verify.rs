@@ -11,7 +11,7 @@ use serde_json::json;
 use crate::stand::{
     SERVE, Stand, cause, container, deployment, ready_when_it_answers, service, serving,
 };
-use crate::support::kubectl;
+use crate::support::{agent_kubeconfig, kubectl};
 
 #[tokio::test]
 async fn a_good_rollout_is_complete_shown_and_answers() {
@@ -261,4 +261,41 @@ async fn a_canceled_verify_ends_at_once() {
     assert!(matches!(stand.verify().await, Err(StageError::Canceled)));
     assert!(begun.elapsed() < Duration::from_secs(10));
     canceler.await.unwrap();
+}
+
+/// What was shown is as far as it got; the agent's own login is at fault.
+#[tokio::test]
+async fn a_login_that_ends_midway_is_not_the_releases_fault() {
+    let mut stand = Stand::new("login", |namespace| {
+        let mut deployment = deployment(namespace, 1, "sleep 600");
+        ready_when_it_answers(&mut deployment);
+        vec![deployment]
+    });
+    let applied = stand.apply();
+    let file = tempfile::NamedTempFile::with_suffix(".yaml").unwrap();
+    std::fs::write(file.path(), agent_kubeconfig(&stand.namespace.0)).unwrap();
+    stand.environment.kubeconfig = Some(file.path().to_path_buf());
+    let revoking = stand.at("0 of 1 new pods ready", |namespace| {
+        kubectl(&["-n", "landfall-agents", "delete", "secret", namespace]);
+    });
+    let log = stand.log.stage(Stage::Verify);
+    let begun = Instant::now();
+    let ended = verify::run(
+        &stand.scope(&log),
+        &stand.release,
+        &applied,
+        None,
+        Show::All,
+    )
+    .await;
+    revoking.await.unwrap();
+    let Err(StageError::Agent(error)) = ended else {
+        panic!("{ended:?}")
+    };
+    let error = format!("{error:#}");
+    assert!(
+        error.starts_with("cannot see the cluster: ") && error.contains("Unauthorized"),
+        "{error}"
+    );
+    assert!(begun.elapsed() < Duration::from_secs(30));
 }
