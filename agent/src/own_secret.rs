@@ -39,5 +39,7 @@ fn write(path: &Path, text: &str) -> std::io::Result<()> {
         .open(&unfinished)?;
     file.write_all(format!("{text}\n").as_bytes())?;
     file.sync_all()?;
-    std::fs::rename(&unfinished, path)
+    std::fs::rename(&unfinished, path)?;
+    path.parent()
+        .map_or(Ok(()), |folder| File::open(folder)?.sync_all())
 }

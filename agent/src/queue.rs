@@ -89,10 +89,14 @@ impl Working {
                 token.cancel();
             }
         }
-        if !self.has_room() {
-            return Ok(());
-        }
-        while let Some(build) = self.agent.store.claim(&self.agent.holder).await? {
+        // Without room nothing is built; a release that served before is brought back all the same.
+        let only_back = !self.has_room();
+        while let Some(build) = self
+            .agent
+            .store
+            .claim(&self.agent.holder, only_back)
+            .await?
+        {
             tracing::info!(
                 build = build.id,
                 environment = build.environment,

@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::builds::{Push, now, short};
+use crate::builds::{Millis, Push, now, short};
 use crate::config::Environment;
 use crate::git::process::{self, Answer, Job, Trouble};
 use crate::runner::Agent;
@@ -44,8 +44,8 @@ pub async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
 /// What is remembered of one branch between two looks.
 #[derive(Debug, Default)]
 struct Seen {
-    /// Its head at the last look.
-    head: Option<String>,
+    /// Its head at the last look, where nobody had told us of it, and when it was seen first.
+    untold: Option<(String, Millis)>,
     /// Its head at the first look, where no push was ever accepted: that one is nobody's push.
     found: Option<String>,
     failures: u32,
@@ -57,7 +57,11 @@ async fn watch(agent: &Agent, environment: &Environment, every: Duration, first:
     loop {
         let began = Instant::now();
         match tokio::time::timeout(LOOK_MAX, look(agent, environment, &mut seen)).await {
-            Ok(Ok(())) => seen.failures = 0,
+            Ok(Ok(())) => {
+                if std::mem::take(&mut seen.failures) > 0 {
+                    tracing::info!(environment = environment.name, "the branch is seen again");
+                }
+            }
             Ok(Err(error)) => seen.failed(environment, &format!("{error:#}")),
             Err(_) => seen.failed(environment, "no answer in time"),
         }
@@ -81,32 +85,43 @@ impl Seen {
         }
     }
 
-    /// Whether this head is to be built: nobody told us of it, and it was there at the last look too.
-    fn is_missed(&mut self, head: String, accepted: Option<&str>) -> bool {
+    /// Since when this head is there without a word from anybody; None unless two looks in a row have seen it so.
+    fn is_missed(&mut self, head: &str, accepted: Option<&str>, at: Millis) -> Option<Millis> {
         let known = match accepted {
             Some(accepted) => accepted,
-            None => self.found.get_or_insert_with(|| head.clone()),
+            None => self.found.get_or_insert_with(|| head.to_owned()),
         };
-        let is_known = known == head;
-        let is_settled = self.head.as_ref() == Some(&head);
-        self.head = Some(head);
-        !is_known && is_settled
+        let before = self.untold.take();
+        if known == head {
+            return None;
+        }
+        match before.filter(|(untold, _)| untold == head) {
+            Some((_, since)) => {
+                self.untold = Some((head.to_owned(), since));
+                Some(since)
+            }
+            None => {
+                self.untold = Some((head.to_owned(), at));
+                None
+            }
+        }
     }
 }
 
 async fn look(agent: &Agent, environment: &Environment, seen: &mut Seen) -> anyhow::Result<()> {
-    let Some(head) = head(agent, environment).await? else {
-        // A branch that was deleted deploys nothing.
-        seen.head = None;
-        return Ok(());
-    };
-    let accepted = agent
-        .store
+    let (store, at) = (&agent.store, now());
+    // Before git is asked: a push that is accepted in between is newer than what git answers.
+    let accepted = store
         .newest_push(&environment.name, &environment.branch)
         .await?;
-    if !seen.is_missed(head.clone(), accepted.as_deref()) {
+    let Some(head) = head(agent, environment).await? else {
+        // A branch that was deleted deploys nothing.
+        seen.untold = None;
         return Ok(());
-    }
+    };
+    let Some(since) = seen.is_missed(&head, accepted.as_deref(), at) else {
+        return Ok(());
+    };
     let push = Push {
         repository_id: None,
         repository: environment.repository.clone(),
@@ -115,10 +130,10 @@ async fn look(agent: &Agent, environment: &Environment, seen: &mut Seen) -> anyh
         after: head.clone(),
         pusher: "a look at the branch".to_owned(),
         title: String::new(),
-        pushed_at: Some(now()),
+        // Whatever GitHub took after it was seen first is newer.
+        pushed_at: Some(since),
     };
-    let build = agent
-        .store
+    let build = store
         .enqueue_missed(&environment.name, &push, accepted.as_deref())
         .await?;
     if let Some(build) = build {
@@ -169,26 +184,32 @@ mod tests {
 
     #[test]
     fn a_head_is_missed_when_two_looks_have_seen_it_and_nobody_told() {
-        let mut seen = Seen::default();
-        let mut look =
-            |head: &str, accepted: Option<&str>| seen.is_missed(head.to_owned(), accepted);
-        assert!(!look("a", Some("a")));
-        assert!(!look("b", Some("a")), "its delivery may be on its way");
-        assert!(look("b", Some("a")));
-        assert!(!look("b", Some("b")), "the delivery came, or we built it");
-        assert!(!look("c", Some("b")));
-        assert!(!look("d", Some("b")), "it has moved on");
-        assert!(look("d", Some("b")));
+        let (mut seen, mut at) = (Seen::default(), 0);
+        let mut look = |head: &str, accepted: Option<&str>| {
+            at += 1;
+            seen.is_missed(head, accepted, at)
+        };
+        assert_eq!(look("a", Some("a")), None);
+        assert_eq!(look("b", Some("a")), None, "its delivery may be on its way");
+        assert_eq!(look("b", Some("a")), Some(2));
+        assert_eq!(
+            look("b", Some("b")),
+            None,
+            "the delivery came, or we built it"
+        );
+        assert_eq!(look("b", Some("c")), None, "c came after git was asked");
+        assert_eq!(look("d", Some("c")), None);
+        assert_eq!(look("e", Some("c")), None, "it has moved on");
+        assert_eq!(look("e", Some("c")), Some(7));
     }
 
     #[test]
     fn what_stood_there_before_the_first_push_is_nobodys() {
         let mut seen = Seen::default();
-        let mut look =
-            |head: &str, accepted: Option<&str>| seen.is_missed(head.to_owned(), accepted);
-        assert!(!look("a", None));
-        assert!(!look("a", None));
-        assert!(!look("b", None));
-        assert!(look("b", None));
+        let mut look = |head: &str| seen.is_missed(head, None, 1);
+        assert_eq!(
+            [look("a"), look("a"), look("b"), look("b")],
+            [None, None, None, Some(1)]
+        );
     }
 }

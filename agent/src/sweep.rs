@@ -40,7 +40,7 @@ pub async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
 async fn sweep(agent: &Agent, logs_too: bool) {
     report("work folders", work_folders(agent).await);
     report("containers and images of tests", engine(agent).await);
-    report("mirrors", mirrors(agent));
+    report("mirrors", mirrors(agent).await);
     if logs_too {
         report("logs", logs(agent).await);
     }
@@ -61,43 +61,62 @@ async fn running(agent: &Agent) -> anyhow::Result<HashSet<i64>> {
 
 /// Listed before the store is asked: what is claimed in between has no folder yet.
 async fn work_folders(agent: &Agent) -> anyhow::Result<usize> {
-    let folders = entries(&agent.config.data_dir.join("work"))?;
+    let of_all = entries(&agent.config.data_dir.join("work"))?;
+    let own = entries(&agent.work)?;
     let running = running(agent).await?;
-    let mut swept = 0;
-    for (name, path) in folders {
-        let build: Option<i64> = name.to_str().and_then(|name| name.parse().ok());
-        if build.is_some_and(|build| !running.contains(&build)) {
-            tokio::fs::remove_dir_all(path).await?;
-            swept += 1;
-        }
-    }
-    Ok(swept)
+    let is_own = |path: &PathBuf| *path == agent.work;
+    let is_running = |name: &OsString| {
+        let build = name.to_str().and_then(|name| name.parse().ok());
+        build.is_some_and(|build| running.contains(&build))
+    };
+    let strange = of_all.into_iter().filter(|(_, path)| !is_own(path));
+    let ended = own.into_iter().filter(|(name, _)| !is_running(name));
+    remove_folders(strange.chain(ended).map(|(_, path)| path)).await
 }
 
+/// Listed before the store is asked, as the folders.
 async fn engine(agent: &Agent) -> anyhow::Result<usize> {
+    let docker = &agent.config.docker;
+    let mut left = tokio::time::timeout(ENGINE_MAX, test::left(docker)).await??;
     let running = running(agent).await?;
-    let is_left = |build, owner: &str| {
-        !running.contains(&build) && owner == test::owner(&agent.work_dir(build))
-    };
-    tokio::time::timeout(ENGINE_MAX, test::sweep(&agent.config.docker, is_left)).await?
+    left.retain(|left| {
+        !running.contains(&left.build) && left.owner == test::owner(&agent.work_dir(left.build))
+    });
+    tokio::time::timeout(ENGINE_MAX, test::remove_left(docker, &left)).await??;
+    Ok(left.len())
 }
 
 /// With what lies beside each: its lock.
-fn mirrors(agent: &Agent) -> anyhow::Result<usize> {
-    let mut swept = 0;
+async fn mirrors(agent: &Agent) -> anyhow::Result<usize> {
+    let mut gone = Vec::new();
     for folder in ["mirrors", "looks"] {
         let folder = agent.config.data_dir.join(folder);
         let urls = agent.config.environments.iter().map(|it| &it.clone_url);
         let kept: HashSet<PathBuf> = urls.map(|url| mirror_of(&folder, url)).collect();
-        for (_, path) in entries(&folder)? {
-            if path.extension() == Some("git".as_ref()) && !kept.contains(&path) {
-                std::fs::remove_dir_all(&path)?;
-                let _ = std::fs::remove_file(path.with_extension("lock"));
-                swept += 1;
+        let is_gone =
+            |path: &PathBuf| path.extension() == Some("git".as_ref()) && !kept.contains(path);
+        let all = entries(&folder)?.into_iter().map(|(_, path)| path);
+        gone.extend(all.filter(is_gone));
+    }
+    for mirror in &gone {
+        let _ = tokio::fs::remove_file(mirror.with_extension("lock")).await;
+    }
+    remove_folders(gone.into_iter()).await
+}
+
+/// All that can be removed; the first that cannot is the error.
+async fn remove_folders(folders: impl Iterator<Item = PathBuf>) -> anyhow::Result<usize> {
+    let (mut removed, mut first) = (0, Ok(()));
+    for folder in folders {
+        match tokio::fs::remove_dir_all(&folder).await {
+            Ok(()) => removed += 1,
+            Err(error) => {
+                let error = anyhow::Error::new(error).context(folder.display().to_string());
+                first = first.and(Err(error));
             }
         }
     }
-    Ok(swept)
+    first.map(|()| removed)
 }
 
 async fn logs(agent: &Agent) -> anyhow::Result<usize> {

@@ -376,7 +376,7 @@ async fn evidence(State(app): State<App>, path: IdPath) -> Result<axum::Json<Val
 async fn plan(State(app): State<App>, path: IdPath) -> Result<axum::Json<Value>, ApiError> {
     let build = find(&app.store, &path).await?;
     let release = match build.release_id {
-        Some(id) => app.store.release(id).await?,
+        Some(id) => app.store.release_to_show(id).await?,
         None => None,
     };
     let plan = release.map(|release| release.plan);

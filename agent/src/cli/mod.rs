@@ -11,6 +11,7 @@ macro_rules! exit_codes {
     };
 }
 
+pub mod backup;
 pub mod build;
 pub mod cancel;
 pub mod deploy;
@@ -105,6 +106,9 @@ enum Command {
     Plan(plan::Arguments),
     Verify(verify::Arguments),
     Deploy(deploy::Arguments),
+    Backup(backup::Arguments),
+    Restore(backup::RestoreArguments),
+    Db(backup::DbArguments),
     Doctor(doctor::Arguments),
     Validate(validate::Arguments),
     /// Print the JSON schema of pipeline.yaml (draft-07), for editors
@@ -232,6 +236,9 @@ async fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
         Command::Plan(arguments) => plan::run(&arguments).await,
         Command::Verify(arguments) => verify::run(&arguments).await,
         Command::Deploy(arguments) => deploy::run(&arguments).await,
+        Command::Backup(arguments) => backup::run(&arguments).await,
+        Command::Restore(arguments) => backup::restore(&arguments).await,
+        Command::Db(arguments) => backup::db(&arguments).await,
         Command::Doctor(arguments) => doctor::run(&arguments).await,
         Command::Validate(arguments) => validate::run(&arguments).await,
         Command::Schema => schema::run(),

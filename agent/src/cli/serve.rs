@@ -1,7 +1,7 @@
 //! `landfall serve`: the agent. Configuration, store, listeners, then queue, GitHub and pages side by side until a
 //! signal ends them.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -65,6 +65,7 @@ async fn start(config_path: &Path) -> anyhow::Result<Serving> {
     let agent = Agent {
         config: Arc::clone(&config),
         store: store.clone(),
+        work: work_root(&config.data_dir)?,
         exe: crate::git::process::own_exe()?,
         holder: own_secret::random_hex()?,
         stopping: CancellationToken::new(),
@@ -151,6 +152,14 @@ async fn wait_for_signal() {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
+}
+
+/// Its name is random, and made once: two agents with the same data folder on two machines, or in two containers, may
+/// share an engine.
+fn work_root(data_dir: &Path) -> anyhow::Result<PathBuf> {
+    let id = own_secret::read_or_make(&data_dir.join("agent-id"))?;
+    let name: String = id.chars().take(8).collect();
+    Ok(data_dir.join("work").join(name))
 }
 
 /// The token for writes: made at the first start.

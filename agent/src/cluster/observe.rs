@@ -202,15 +202,15 @@ impl<'a> Observer<'a> {
         std::mem::take(&mut self.new_words)
     }
 
-    /// Whether the events say that this Job, which is gone, had run to its end; what cannot be seen is not known.
-    pub async fn has_completed(&mut self, job: &Target) -> bool {
+    /// Whether the events say that this Job, which is gone, had run to its end.
+    pub async fn has_completed(&mut self, job: &Target) -> Result<bool, Unseen> {
         self.events = None;
-        let events = self.events().await.unwrap_or_default();
-        events.iter().any(|event| {
+        let events = self.events().await?;
+        Ok(events.iter().any(|event| {
             event.involved_object.uid == job.uid
                 && job.uid.is_some()
                 && event.reason.as_deref() == Some("Completed")
-        })
+        }))
     }
 
     async fn workload(&self, target: &Target) -> Result<Option<Workload>, Unseen> {

@@ -6,8 +6,8 @@ use k8s_openapi::api::core::v1::{Event, Pod};
 
 use super::container_signs::of;
 use super::sign::{Patience, Sign};
-use super::snapshot::{Running, Snapshot, is_ready, name, uid};
-use super::words::{last_seen, message, shortened};
+use super::snapshot::{Running, Snapshot, is_ready, is_terminating, name, uid};
+use super::words::{is_about, last_seen, message, shortened};
 use crate::builds::Cause;
 
 /// How old a failed probe may be and still speak of now; more than the usual period of 10 s.
@@ -114,18 +114,19 @@ fn is_refused(told: &str) -> bool {
     told.contains("connection refused")
 }
 
-/// The declared ports of a pod whose probe is refused, other than the refusing one: the program may listen there.
+/// The declared ports of a container whose probe is refused, other than the refusing one: it may listen there.
 pub fn other_ports(pod: &Pod, events: &[Event]) -> Vec<i32> {
     let refused = events.iter().find(|event| {
         event.involved_object.uid.as_deref() == Some(uid(pod))
             && event.reason.as_deref() == Some("Unhealthy")
             && is_refused(message(event))
     });
-    let Some(refused) = refused.filter(|_| !is_ready(pod)) else {
+    let Some(refused) = refused.filter(|_| !is_ready(pod) && !is_terminating(pod)) else {
         return Vec::new();
     };
     let containers = pod.spec.iter().flat_map(|spec| &spec.containers);
     containers
+        .filter(|container| is_about(refused, &container.name))
         .flat_map(|container| container.ports.iter().flatten())
         .filter(|port| port.protocol.as_deref().unwrap_or("TCP") == "TCP")
         .map(|port| port.container_port)

@@ -202,7 +202,6 @@ fn three_minutes_later_each_has_its_own_cause() {
     }
 }
 
-/// Events expire and get lost: only a mount that fails shows nowhere else.
 /// Recorded by tests/it/verdicts.rs (RECORD_FIXTURES=1), as the cluster stood when it had its verdict.
 #[test]
 fn each_cause_is_read_from_what_the_cluster_showed() {
@@ -316,6 +315,7 @@ fn each_cause_is_read_from_what_the_cluster_showed() {
     }
 }
 
+/// Events expire and get lost: only a mount that fails shows nowhere else.
 #[test]
 fn without_events_the_verdict_is_the_same() {
     for (name, id) in [

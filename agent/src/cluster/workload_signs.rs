@@ -95,6 +95,12 @@ pub(super) fn refused_pods(snapshot: &Snapshot) -> Option<Sign> {
             Patience::Quiet(QUOTA_QUIET),
             "ask for less in resources.requests, or raise the namespace's ResourceQuota",
         )
+    } else if has(&["denied the request", "ValidatingAdmissionPolicy"]) {
+        (
+            "admission_denied",
+            Patience::Seen(PERMANENT),
+            "an admission rule of this cluster refuses it: mend what it names, or ask the cluster's operator",
+        )
     } else if has(&[
         "failed calling webhook",
         "timeout",
@@ -117,16 +123,6 @@ pub(super) fn refused_pods(snapshot: &Snapshot) -> Option<Sign> {
             "pod_security",
             Patience::Seen(PERMANENT),
             "set what the message names in securityContext, or ask for another level of the namespace",
-        )
-    } else if has(&[
-        "denied the request",
-        "admission webhook",
-        "ValidatingAdmissionPolicy",
-    ]) {
-        (
-            "admission_denied",
-            Patience::Seen(PERMANENT),
-            "an admission rule of this cluster refuses it: mend what it names, or ask the cluster's operator",
         )
     } else if has(&["usage per", "limit to request ratio"]) {
         (

@@ -202,7 +202,7 @@ pub async fn build(
     let evidence = app.store.evidence(id).await?;
     let plan = match build.release_id {
         Some(release) if !is_part && !build.kind.brings_back() => {
-            let release = app.store.release(release).await?;
+            let release = app.store.release_to_show(release).await?;
             release.map(|release| release.plan).unwrap_or_default()
         }
         _ => Vec::new(),

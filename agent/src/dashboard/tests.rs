@@ -137,7 +137,7 @@ impl Site {
     /// A build that runs.
     async fn start(&self, environment: &str, push: &Push) -> Build {
         let id = self.queue(environment, push).await;
-        let build = self.app.store.claim("test").await.unwrap().unwrap();
+        let build = self.app.store.claim("test", false).await.unwrap().unwrap();
         assert_eq!(build.id, id);
         build
     }

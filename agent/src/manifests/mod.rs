@@ -98,7 +98,12 @@ pub fn text<'a>(object: &'a Value, pointer: &str) -> &'a str {
         .unwrap_or_default()
 }
 
-/// The values of all Secrets among these objects, as programs see them: what no log may show. What is no text is left out.
+/// Shorter lines of a Secret (`true`, `server:`) would mask half of every log, longer ones are known by their beginning.
+const SECRET_LINE_MIN: usize = 8;
+const SECRET_LINE_MAX: usize = 4096;
+
+/// The values of all Secrets among these objects, line by line, as programs see them: what no log may show. What is no text
+/// is left out.
 pub fn secret_values(objects: &[Value]) -> Vec<String> {
     let secrets = objects.iter().filter(|object| kind(object) == "Secret");
     let values = |object: &Value, pointer: &str| -> Vec<String> {
@@ -110,14 +115,18 @@ pub fn secret_values(objects: &[Value]) -> Vec<String> {
         texts.map(str::to_owned).collect()
     };
     let decoded = |text: String| String::from_utf8(STANDARD.decode(text).ok()?).ok();
-    secrets
-        .flat_map(|secret| {
-            let encoded = values(secret, "/data").into_iter().filter_map(decoded);
-            encoded
-                .chain(values(secret, "/stringData"))
-                .collect::<Vec<_>>()
-        })
-        .collect()
+    let values = secrets.flat_map(|secret| {
+        let encoded = values(secret, "/data").into_iter().filter_map(decoded);
+        let plain = values(secret, "/stringData");
+        encoded.chain(plain).collect::<Vec<_>>()
+    });
+    let mut lines = Vec::new();
+    for value in values {
+        let whole = value.lines().map(str::trim);
+        let long = whole.filter(|line| line.len() >= SECRET_LINE_MIN);
+        lines.extend(long.map(|line| line.chars().take(SECRET_LINE_MAX).collect()));
+    }
+    lines
 }
 
 /// Reads files, given as path and text, in their order.
@@ -339,10 +348,10 @@ mod tests {
     #[test]
     fn the_values_of_secrets_are_found() {
         let objects = [
-            serde_json::json!({"kind": "Secret", "data": {"a": "aHVudGVyMg==", "b": "/w=="}, "stringData": {"c": "plain"}}),
+            serde_json::json!({"kind": "Secret", "data": {"a": "Y29ycmVjdC1ob3JzZQ==", "b": "/w=="}, "stringData": {"c": "true\nbattery-staple\n"}}),
             serde_json::json!({"kind": "ConfigMap", "data": {"a": "open"}}),
         ];
-        assert_eq!(secret_values(&objects), ["hunter2", "plain"]);
+        assert_eq!(secret_values(&objects), ["correct-horse", "battery-staple"]);
     }
 
     #[test]

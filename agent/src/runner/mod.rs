@@ -36,6 +36,8 @@ const ATTEMPTS_MAX: i64 = 5;
 pub struct Agent {
     pub config: Arc<Config>,
     pub store: Store,
+    /// Holds a folder for each build that runs. Its path is no other agent's, on whichever machine.
+    pub work: PathBuf,
     /// Our own binary, which runs git in a process of its own.
     pub exe: PathBuf,
     /// Who we are in the store: unique for each start.
@@ -47,7 +49,7 @@ pub struct Agent {
 impl Agent {
     /// A build's own folder; removed when the build has ended.
     pub fn work_dir(&self, build: i64) -> PathBuf {
-        self.config.data_dir.join("work").join(build.to_string())
+        self.work.join(build.to_string())
     }
 }
 
@@ -81,7 +83,7 @@ async fn run_logged(
         .environment(&build.environment)
         .map_or(1 << 30, |environment| environment.limits.log_bytes);
     let masker = Masker::new(agent.config.secrets());
-    let log = BuildLog::new(masker.clone(), limit, bytes);
+    let log = BuildLog::new(masker, limit, bytes);
     let writer = write_log(agent.store.clone(), build.id, log.clone(), next);
 
     let ended = match agent.config.environment(&build.environment) {
@@ -102,8 +104,9 @@ async fn run_logged(
         ))),
     };
 
+    let shown = log.stage(Stage::Checkout);
     let ended = ended.map(|ended| Ended {
-        cause: ended.cause.map(|cause| masked(&masker, cause)),
+        cause: ended.cause.map(|cause| masked(&shown, cause)),
         ..ended
     });
     if let Some(ended) = &ended {
@@ -129,11 +132,11 @@ async fn run_logged(
 }
 
 /// A cause is shown on pages and told to GitHub: no secret may be in it, whoever wrote it.
-fn masked(masker: &Masker, cause: Cause) -> Cause {
+fn masked(log: &StageLog, cause: Cause) -> Cause {
     Cause {
-        sentence: masker.mask_text(&cause.sentence),
-        object: cause.object.map(|text| masker.mask_text(&text)),
-        hint: cause.hint.map(|text| masker.mask_text(&text)),
+        sentence: log.masked(&cause.sentence),
+        object: cause.object.map(|text| log.masked(&text)),
+        hint: cause.hint.map(|text| log.masked(&text)),
         ..cause
     }
 }
@@ -270,9 +273,7 @@ impl<'a> Line<'a> {
                 "The agent was stopped; attempt {} goes on from here.",
                 self.build.attempt
             ));
-            let own = test::owner(&self.work);
-            let is_own = |_, owner: &str| owner == own;
-            if let Err(error) = test::sweep(&self.agent.config.docker, is_own).await {
+            if let Err(error) = self.remove_containers().await {
                 tracing::warn!(
                     build = self.build.id,
                     error = format!("{error:#}"),
@@ -293,6 +294,15 @@ impl<'a> Line<'a> {
             None => {}
         }
         self.walk().await
+    }
+
+    /// Those that an earlier attempt of this very build has left.
+    async fn remove_containers(&self) -> anyhow::Result<()> {
+        let docker = &self.agent.config.docker;
+        let own = test::owner(&self.work);
+        let mut left = test::left(docker).await?;
+        left.retain(|left| left.owner == own);
+        test::remove_left(docker, &left).await
     }
 
     /// The straight line.
@@ -424,9 +434,22 @@ impl<'a> Line<'a> {
     async fn stored_release(&self, id: i64) -> anyhow::Result<Release> {
         let release = self.agent.store.release(id).await?;
         let release = release.with_context(|| format!("release {id} is not in the store"))?;
+        self.mask_secrets(&release);
+        Ok(release)
+    }
+
+    /// What stood in the environment before us.
+    async fn adopted(&self) -> anyhow::Result<Option<Release>> {
+        let adopted = self.agent.store.adopted(&self.build.environment).await?;
+        if let Some(release) = &adopted {
+            self.mask_secrets(release);
+        }
+        Ok(adopted)
+    }
+
+    fn mask_secrets(&self, release: &Release) {
         let log = self.log.stage(Stage::Deploy);
         log.also_mask(&secret_values(&release.objects));
-        Ok(release)
     }
 
     fn scope<'s>(&'s self, log: &'s StageLog) -> Scope<'s> {

@@ -16,13 +16,14 @@ use crate::cluster::lease::Held;
 use crate::cluster::snapshot::Target;
 use crate::pipeline::{FirstRelease, Rollback};
 use crate::release::{AppliedObject, Change, Evidence, Release};
-use crate::stages::deploy::{self, Applying, Way};
+use crate::stages::deploy::{self, Applying, KnownJobs, Way};
 use crate::stages::plan::{self, Ground, Plan};
 use crate::stages::verify::Show;
 use crate::stages::{
     Applied, Built, CheckedOut, Live, RolledOut, Scope, StageError, StageResult, removal,
     smoke_test, soak, verify,
 };
+use crate::store::Unsealable;
 
 const SOAK_ASKED_EVERY: Duration = Duration::from_secs(1);
 
@@ -212,10 +213,13 @@ impl Line<'_> {
         let store = &self.agent.store;
         // What is put back after a failure is not what the failed build has done.
         let is_own = self.planned_id().await? == Some(release.id);
-        let completed = store.completed_jobs(self.build).await?;
+        let jobs = KnownJobs {
+            completed: store.completed_jobs(&self.build.environment).await?,
+            begun: store.touched(self.build.id).await?,
+        };
         let mut applying = Applying::begin(scope, held, release, way)
             .await?
-            .without_jobs(completed);
+            .knowing(jobs);
         let mut objects = Vec::new();
         while let Some((ordinal, object)) = applying.next().await? {
             store
@@ -278,6 +282,8 @@ impl Line<'_> {
                 (Status::Errored, Cause::new("agent", error))
             }
         };
+        // It leaves the log, and may hold what a program of ours said last.
+        let cause = super::masked(&self.log.stage(Stage::Rollback), cause);
         match self.aftermath(status, cause).await {
             Ok(ended) => ended,
             Err(error) => {
@@ -301,7 +307,20 @@ impl Line<'_> {
                 cause: Some(cause),
             })
         };
-        let Some(release) = self.planned().await? else {
+        let planned = match self.planned().await {
+            Err(error) if error.chain().any(|cause| cause.is::<Unsealable>()) => {
+                // No retry helps, and a build that never ends would hold the environment for ever.
+                store.set_unsettled(&self.build.environment, true).await?;
+                let cause = Cause::new("agent", format!("{error:#}"));
+                return Ok(Some(Ended {
+                    status: Status::Errored,
+                    outcome: Outcome::Unknown,
+                    cause: Some(cause),
+                }));
+            }
+            planned => planned?,
+        };
+        let Some(release) = planned else {
             return Ok(ended(Outcome::Unchanged, cause));
         };
         let touched: Vec<AppliedObject> = store.touched(self.build.id).await?;
@@ -352,7 +371,7 @@ impl Line<'_> {
         let goal = match serving {
             Some(release) if release.id != failed.id => Some(release),
             Some(_) => None,
-            None => store.adopted(&self.build.environment).await?,
+            None => self.adopted().await?,
         };
         let ended = |outcome, cause| {
             Some(Ended {
@@ -480,7 +499,7 @@ impl Line<'_> {
         }
         let goal = match self.serving().await? {
             Some(release) => Some(release),
-            None => store.adopted(environment).await?,
+            None => self.adopted().await?,
         };
         let Some(goal) = goal else {
             return Ok(());

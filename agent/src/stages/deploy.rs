@@ -25,6 +25,8 @@ use crate::release::{AppliedObject, Change, Planned, Release};
 const APPLY_LIMIT: Duration = Duration::from_secs(3600);
 const ESTABLISHED_LIMIT: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(250);
+/// How late an event may be.
+const EVENT_LIMIT: Duration = Duration::from_secs(3);
 
 impl From<Trouble> for StageError {
     fn from(trouble: Trouble) -> Self {
@@ -60,6 +62,15 @@ pub async fn hold(scope: &Scope<'_>, release: Option<&Release>) -> StageResult<H
     Ok(lease::claim(&cluster, environment, &holder, at_least).await?)
 }
 
+/// What is known of Jobs whose own `ttlSecondsAfterFinished` may have taken them away.
+#[derive(Debug, Default)]
+pub struct KnownJobs {
+    /// Names of those that ran to their end.
+    pub completed: BTreeSet<String>,
+    /// What an attempt of this very build had applied.
+    pub begun: Vec<AppliedObject>,
+}
+
 /// A release on its way into the cluster.
 pub struct Applying<'a> {
     scope: Scope<'a>,
@@ -68,7 +79,9 @@ pub struct Applying<'a> {
     way: Way,
     rules: Rules<'a>,
     next: usize,
-    completed: BTreeSet<String>,
+    jobs: KnownJobs,
+    /// Something of the release stands here already: this is the cluster that its Jobs ran in.
+    is_known_place: bool,
     /// A Job that was applied and is to be waited for before anything else.
     job: Option<AppliedObject>,
     deadline: Instant,
@@ -82,6 +95,7 @@ impl<'a> Applying<'a> {
         release: &'a Release,
         way: Way,
     ) -> StageResult<Self> {
+        let mut is_known_place = false;
         for object in release
             .objects
             .iter()
@@ -89,7 +103,7 @@ impl<'a> Applying<'a> {
         {
             // A kind that comes with this very release has no objects yet.
             if let Some(resource) = held.cluster.resource(object).await? {
-                lease::fence(held, &resource, object).await?;
+                is_known_place |= lease::fence(held, &resource, object).await?.is_some();
             }
         }
         let mut rules = rules(scope, &held.cluster, &release.objects).await?;
@@ -102,17 +116,17 @@ impl<'a> Applying<'a> {
             way,
             rules,
             next: 0,
-            completed: BTreeSet::new(),
+            jobs: KnownJobs::default(),
+            is_known_place,
             job: None,
             deadline: Instant::now() + APPLY_LIMIT,
         })
     }
 
-    /// Jobs that are known to have run to their end, by name: they run no second time, also where their own
-    /// `ttlSecondsAfterFinished` has taken them away.
+    /// Jobs that have run and are gone by themselves run no second time.
     #[must_use]
-    pub fn without_jobs(mut self, completed: BTreeSet<String>) -> Self {
-        self.completed = completed;
+    pub fn knowing(mut self, jobs: KnownJobs) -> Self {
+        self.jobs = jobs;
         self
     }
 
@@ -177,7 +191,7 @@ impl<'a> Applying<'a> {
         let live =
             live.map_err(|answer| answer.into_error(&format!("read {}", display_name(object))))?;
         let Some(live) = live else {
-            if self.completed.contains(name(object)) {
+            if self.is_gone_by_itself(object).await? {
                 let shown = display_name(object);
                 self.scope
                     .log
@@ -195,6 +209,27 @@ impl<'a> Applying<'a> {
             applied.change = self.planned(object);
         }
         Ok(Some(applied))
+    }
+
+    /// Whether a Job that is absent has run, and was taken away by its own `ttlSecondsAfterFinished`; one that a person
+    /// deleted, or that went with its namespace, has not.
+    async fn is_gone_by_itself(&self, job: &Value) -> StageResult<bool> {
+        let leaves = job.pointer("/spec/ttlSecondsAfterFinished").is_some();
+        if !leaves || !self.is_known_place {
+            return Ok(false);
+        }
+        if self.jobs.completed.contains(name(job)) {
+            return Ok(true);
+        }
+        let begun = self.jobs.begun.iter().find(|begun| begun.is_named_by(job));
+        let Some(target) = begun
+            .and_then(|begun| Target::applied(self.release, std::slice::from_ref(begun)).pop())
+        else {
+            return Ok(false);
+        };
+        let mut observer = Observer::new(&self.held.cluster);
+        let completed = observer.has_completed(&target).await;
+        completed.map_err(|unseen| StageError::Agent(unseen.error))
     }
 
     async fn finished(&self, job: &AppliedObject) -> StageResult<()> {
@@ -220,6 +255,7 @@ impl<'a> Applying<'a> {
         let mut history = History::default();
         let mut sight = Sight::new(cluster.unreachable);
         let mut told = String::new();
+        let mut gone = None;
         loop {
             match observer.snapshot(&target).await {
                 Err(unseen) => {
@@ -227,17 +263,29 @@ impl<'a> Applying<'a> {
                     tokio::time::sleep(BLIND_RETRY).await;
                     continue;
                 }
-                Ok(None) if observer.has_completed(&target).await => {
-                    // Its own `ttlSecondsAfterFinished` was quicker than we.
-                    log.line(format!("{shown} is complete, and gone already"));
-                    return Ok(());
-                }
-                Ok(None) => {
-                    let sentence = format!("{shown} was deleted before it was complete");
-                    return Err(StageError::Failed(
-                        Cause::new("job_failed", sentence).object(shown),
-                    ));
-                }
+                Ok(None) => match observer.has_completed(&target).await {
+                    Err(unseen) => {
+                        sight.unseen(unseen)?;
+                        tokio::time::sleep(BLIND_RETRY).await;
+                        continue;
+                    }
+                    Ok(true) => {
+                        // Its own `ttlSecondsAfterFinished` was quicker than we.
+                        log.line(format!("{shown} is complete, and gone already"));
+                        return Ok(());
+                    }
+                    // The event may come a moment after the Job has gone.
+                    Ok(false) if gone.get_or_insert_with(Instant::now).elapsed() < EVENT_LIMIT => {
+                        tokio::time::sleep(POLL).await;
+                        continue;
+                    }
+                    Ok(false) => {
+                        let sentence = format!("{shown} was deleted before it was complete");
+                        return Err(StageError::Failed(
+                            Cause::new("job_failed", sentence).object(shown),
+                        ));
+                    }
+                },
                 Ok(Some(snapshot)) => match rollout::judge(&target, &snapshot, false, &mut history)
                 {
                     Verdict::Complete => {

@@ -35,26 +35,29 @@ pub async fn run(
     let cluster = Cluster::connect(scope.environment).await?;
     let seconds = length.as_secs();
     scope.log.line(format!("Soak: watching for {seconds} s."));
-    let begun = Instant::now();
     let watched = tokio::select! {
         biased;
-        () = scope.cancel.cancelled() => Err("the agent stops".to_owned()),
-        why = cut => Err(why),
-        watched = watch(scope, &cluster, &targets, length) => Ok(watched),
+        // Resumed, it is watched from the beginning.
+        () = scope.cancel.cancelled() => return Err(StageError::Canceled),
+        watched = watch(scope, &cluster, &targets, length, cut) => watched,
     };
-    match watched {
-        Ok(watched) => {
-            watched.map_err(|error| error.masked(scope.log))?;
-            scope.log.line(format!(
-                "Soak: {seconds} s without a restart or a lost readiness."
-            ));
-        }
-        Err(why) => scope.log.line(format!(
-            "The soak is cut short after {} s of {seconds}: {why}. Until here nothing restarted.",
-            begun.elapsed().as_secs()
+    match watched.map_err(|error| error.masked(scope.log))? {
+        None => scope.log.line(format!(
+            "Soak: {seconds} s without a restart or a lost readiness."
+        )),
+        Some(cut) => scope.log.line(format!(
+            "The soak is cut short after {} s of {seconds}: {}. Until here nothing restarted.",
+            cut.after.as_secs(),
+            cut.why
         )),
     }
     Ok(())
+}
+
+/// Why a soak ended before its time, and when.
+struct Cut {
+    why: String,
+    after: Duration,
 }
 
 /// What is remembered of one pod.
@@ -70,8 +73,12 @@ async fn watch(
     cluster: &Cluster,
     targets: &[Target],
     length: Duration,
-) -> StageResult<()> {
-    let end = Instant::now() + length;
+    cut: impl Future<Output = String>,
+) -> StageResult<Option<Cut>> {
+    let begun = Instant::now();
+    let mut end = begun + length;
+    let mut was_cut = None;
+    let mut cut = std::pin::pin!(cut);
     let mut sight = Sight::new(Duration::from_secs(
         scope.environment.limits.unreachable_seconds,
     ));
@@ -86,9 +93,9 @@ async fn watch(
                         return Err(StageError::Failed(cause));
                     }
                 }
-                // The last look is after the end: what was not seen is not called well.
+                // The last look is after the end, also where it came early: what was not seen is not called well.
                 if Instant::now() >= end {
-                    return Ok(());
+                    return Ok(was_cut);
                 }
             }
             Err(unseen) => {
@@ -98,7 +105,14 @@ async fn watch(
                 }
             }
         }
-        tokio::time::sleep(LOOK_EVERY).await;
+        tokio::select! {
+            () = tokio::time::sleep(LOOK_EVERY) => {}
+            why = &mut cut, if was_cut.is_none() => {
+                end = Instant::now();
+                let after = begun.elapsed();
+                was_cut = Some(Cut { why, after });
+            }
+        }
     }
 }
 

@@ -88,45 +88,74 @@ pub fn owner(work: &Path) -> String {
     digits
 }
 
-/// Removes what killed agents left on the engine: containers, running or not, and tags of test images. `is_left` is asked with
-/// a build's number and with its `owner`; what was not made by an agent it is not asked about. How much was removed.
-pub async fn sweep(
-    settings: &config::Docker,
-    is_left: impl Fn(i64, &str) -> bool,
-) -> anyhow::Result<usize> {
+/// A container, or a tag of a test image, that some agent made on this engine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Left {
+    pub build: i64,
+    /// As `owner` tells it.
+    pub owner: String,
+    what: Thing,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Thing {
+    Container(String),
+    Tag(String),
+}
+
+/// What agents have made on this engine for their tests and not removed yet; of builds that run, too.
+pub async fn left(settings: &config::Docker) -> anyhow::Result<Vec<Left>> {
     let docker = docker::connect(settings).await?;
     let filters = HashMap::from([("label", vec![LABEL_OWNER.to_owned()])]);
     let options = ListContainersOptionsBuilder::default()
         .all(true)
         .filters(&filters)
         .build();
-    let mut removed = 0;
+    let mut left = Vec::new();
     for container in docker.list_containers(Some(options)).await? {
         let labels = container.labels.unwrap_or_default();
         let build = labels
             .get(buildkit::LABEL_BUILD)
             .and_then(|id| id.parse().ok());
         if let (Some(id), Some(build), Some(owner)) = (container.id, build, labels.get(LABEL_OWNER))
-            && is_left(build, owner)
         {
-            remove(&docker, &id).await?;
-            removed += 1;
+            left.push(Left {
+                build,
+                owner: owner.clone(),
+                what: Thing::Container(id),
+            });
         }
     }
-    let filters = HashMap::from([("reference", vec![format!("{TEST_REPOSITORY}/*")])]);
-    let options = ListImagesOptionsBuilder::default()
-        .filters(&filters)
-        .build();
+    // The engine's own filter by name does not see names with a slash.
+    let options = ListImagesOptionsBuilder::default().build();
     let images = docker.list_images(Some(options)).await?;
-    for tag in images.iter().flat_map(|image| &image.repo_tags) {
-        if owner_of_tag(tag).is_some_and(|(build, owner)| is_left(build, owner)) {
-            docker
-                .remove_image(tag, None::<RemoveImageOptions>, None)
-                .await?;
-            removed += 1;
+    for tag in images.into_iter().flat_map(|image| image.repo_tags) {
+        if let Some((build, owner)) = owner_of_tag(&tag) {
+            left.push(Left {
+                build,
+                owner: owner.to_owned(),
+                what: Thing::Tag(tag),
+            });
         }
     }
-    Ok(removed)
+    Ok(left)
+}
+
+/// Removes all of it that can be removed; the first that cannot is the error.
+pub async fn remove_left(settings: &config::Docker, left: &[Left]) -> anyhow::Result<()> {
+    let docker = docker::connect(settings).await?;
+    let mut removed = Ok(());
+    for left in left {
+        let one = match &left.what {
+            Thing::Container(id) => remove(&docker, id).await,
+            Thing::Tag(tag) => {
+                let one = docker.remove_image(tag, None::<RemoveImageOptions>, None);
+                one.await.map(|_| ()).map_err(anyhow::Error::from)
+            }
+        };
+        removed = removed.and(one);
+    }
+    removed
 }
 
 /// `landfall-test/NAME:BUILD-OWNER-NUMBER`, as `image_of` tags it.

@@ -96,13 +96,12 @@ pub async fn run(
     })
 }
 
-/// A Job that ran to its end and was taken away by its own `ttlSecondsAfterFinished` is nothing to watch any more.
+/// Jobs have been waited for before; one that its own `ttlSecondsAfterFinished` took away is nothing to watch any more.
 async fn without_gone_jobs(observer: &mut Observer<'_>, targets: &mut Vec<Target>) {
     let mut kept = Vec::with_capacity(targets.len());
     for target in targets.drain(..) {
-        let is_gone = target.kind == Kind::Job
-            && matches!(observer.snapshot(&target).await, Ok(None))
-            && observer.has_completed(&target).await;
+        let is_gone =
+            target.kind == Kind::Job && matches!(observer.snapshot(&target).await, Ok(None));
         if !is_gone {
             kept.push(target);
         }
@@ -176,7 +175,7 @@ impl Rollout<'_> {
             let Some(snapshot) = self.observer.snapshot(target).await? else {
                 if let Some(before) = self.snapshots.get(index)
                     && target.kind == Kind::Job
-                    && self.observer.has_completed(target).await
+                    && self.observer.has_completed(target).await?
                 {
                     snapshots.push(before.clone());
                     continue;

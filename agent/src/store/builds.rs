@@ -207,15 +207,17 @@ impl Store {
         )
     }
 
-    /// Takes the oldest queued build whose environment is free, one that brings a release back first, with a new fence.
-    pub async fn claim(&self, holder: &str) -> anyhow::Result<Option<Build>> {
+    /// Takes the oldest queued build whose environment is free, one that brings a release back first (`only_back`: no other),
+    /// with a new fence.
+    pub async fn claim(&self, holder: &str, only_back: bool) -> anyhow::Result<Option<Build>> {
         let id: Option<i64> = on!(&self.main, pool, BEGIN, lock => {
             let mut tx = pool.begin_with(BEGIN).await?;
             let id: Option<i64> = sqlx::query_scalar(lock!(
-                "SELECT b.id FROM builds b WHERE b.status = 'queued' AND NOT EXISTS \
+                "SELECT b.id FROM builds b WHERE b.status = 'queued' AND (NOT $1 OR b.kind IN ('undo', 'redo')) AND NOT EXISTS \
                  (SELECT 1 FROM builds r WHERE r.environment = b.environment AND r.status = 'running') \
                  ORDER BY CASE WHEN b.kind IN ('undo', 'redo') THEN 0 ELSE 1 END, b.id LIMIT 1"
             ))
+            .bind(only_back)
             .fetch_optional(&mut *tx)
             .await?;
             if let Some(id) = id {

@@ -12,6 +12,8 @@ use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
 use sqlx::{PgPool, SqlSafeStr, SqlitePool};
 
+use super::care;
+
 /// An earlier one loses committed writes in WAL mode (sqlite.org, changes of 3.51.3).
 const SQLITE_VERSION_MIN: (u32, u32, u32) = (3, 51, 3);
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -155,7 +157,7 @@ async fn open_sqlite(
         .max_connections(4)
         .connect_with(options)
         .await
-        .with_context(|| format!("cannot open the store {}", path.display()))?;
+        .with_context(|| care::damaged(path))?;
     let version: String = sqlx::query_scalar("SELECT sqlite_version()")
         .fetch_one(&pool)
         .await?;
@@ -185,7 +187,10 @@ async fn open_postgres(url: &str) -> anyhow::Result<Db> {
         .execute(&pool)
         .await
         .context("cannot prepare the PostgreSQL store")?;
-    for mut migrator in [main_migrations(), logs_migrations()] {
+    // In one database each set has a table of its own for what was applied.
+    let mut logs = logs_migrations();
+    logs.dangerous_set_table_name("_sqlx_migrations_of_logs");
+    for mut migrator in [main_migrations(), logs] {
         migrator.set_ignore_missing(true);
         migrator
             .run(&pool)

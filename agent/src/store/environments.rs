@@ -227,7 +227,7 @@ mod tests {
     async fn a_push_does_not_end_an_undo_and_the_undo_goes_first() {
         let (_folder, store) = store().await;
         let running = deliver(&store, ONE).await;
-        assert_eq!(store.claim("me").await.unwrap().unwrap().id, running);
+        assert_eq!(store.claim("me", false).await.unwrap().unwrap().id, running);
         let undo = store
             .bring_back(&push(ONE), "hello", 1, BuildKind::Undo, "undo to release 1")
             .await
@@ -245,7 +245,7 @@ mod tests {
             .finish(&first, Status::Superseded, Outcome::Unchanged, None)
             .await
             .unwrap();
-        let claimed = store.claim("me").await.unwrap().unwrap();
+        let claimed = store.claim("me", false).await.unwrap().unwrap();
         assert_eq!((claimed.id, claimed.release_id), (undo, Some(1)));
         assert!(store.begin_deploying(&claimed).await.unwrap());
         store
@@ -253,7 +253,7 @@ mod tests {
             .await
             .unwrap();
         // The pin holds the push back at its last moment too.
-        let held = store.claim("me").await.unwrap().unwrap();
+        let held = store.claim("me", false).await.unwrap().unwrap();
         assert_eq!(held.id, later);
         assert!(!store.begin_deploying(&held).await.unwrap());
     }
@@ -275,7 +275,7 @@ mod tests {
         store.cancel(id, "admin").await.unwrap();
         assert_eq!(store.pinned("hello").await.unwrap(), None);
         undo().await;
-        let claimed = store.claim("me").await.unwrap().unwrap();
+        let claimed = store.claim("me", false).await.unwrap().unwrap();
         store
             .finish(&claimed, Status::Failed, Outcome::RolledBack, None)
             .await

@@ -28,6 +28,11 @@ pub struct Accepted {
     pub duplicate: bool,
 }
 
+/// The commit of a branch's newest push: neither one that came too late, nor one that was sent again.
+const NEWEST_PUSH: &str = "SELECT b.commit_id FROM builds b WHERE b.environment = $1 AND b.kind = 'push' AND b.branch = $2 \
+    AND (b.superseded_by IS NULL OR b.superseded_by > b.id) AND NOT EXISTS (SELECT 1 FROM builds e WHERE e.environment = $1 \
+    AND e.kind = 'push' AND e.id < b.id AND e.body_hash = b.body_hash AND e.body_hash <> '') ORDER BY b.id DESC LIMIT 1";
+
 /// A push build that stands for the newest known state of its branch in one environment.
 struct Newest {
     id: i64,
@@ -146,8 +151,7 @@ impl Store {
         environment: &str,
         branch: &str,
     ) -> anyhow::Result<Option<String>> {
-        Ok(on!(&self.main, pool => sqlx::query_scalar(
-                "SELECT commit_id FROM builds WHERE environment = $1 AND kind = 'push' AND branch = $2 ORDER BY id DESC LIMIT 1")
+        Ok(on!(&self.main, pool => sqlx::query_scalar(NEWEST_PUSH)
             .bind(environment).bind(branch).fetch_optional(pool).await?))
     }
 
@@ -170,8 +174,7 @@ impl Store {
         };
         let id = on!(&self.main, pool, BEGIN, _lock => {
             let mut tx = pool.begin_with(BEGIN).await?;
-            let current: Option<String> = sqlx::query_scalar(
-                    "SELECT commit_id FROM builds WHERE environment = $1 AND kind = 'push' AND branch = $2 ORDER BY id DESC LIMIT 1")
+            let current: Option<String> = sqlx::query_scalar(NEWEST_PUSH)
                 .bind(environment).bind(&push.branch).fetch_optional(&mut *tx).await?;
             if current.as_deref() != newest {
                 return Ok(None);
@@ -298,6 +301,27 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn the_newest_push_is_not_the_one_that_came_last() {
+        let (_folder, store) = store().await;
+        accept(&store, ZERO, "a").await;
+        accept(&store, "b", "c").await;
+        accept(&store, "a", "b").await;
+        accept(&store, ZERO, "a").await;
+        let newest = store.newest_push("hello", "main").await.unwrap();
+        assert_eq!(newest.as_deref(), Some("c"));
+        let (_, found) = push("c", "d");
+        let missed = async |newest| store.enqueue_missed("hello", &found, newest).await.unwrap();
+        assert_eq!(
+            missed(Some("b")).await,
+            None,
+            "another was accepted meanwhile"
+        );
+        let build = missed(Some("c")).await.unwrap();
+        let told = accept(&store, "x", "d").await;
+        assert_eq!((told.build, told.duplicate), (build, true));
+    }
+
+    #[tokio::test]
     async fn a_build_by_hand_ends_no_push() {
         let (_folder, store) = store().await;
         let newest = accept(&store, ZERO, "a").await;
@@ -322,7 +346,7 @@ mod tests {
             .await
             .unwrap();
         accept(&store, ZERO, "a").await;
-        let ours = store.claim("one").await.unwrap().unwrap();
+        let ours = store.claim("one", false).await.unwrap().unwrap();
         let theirs = store.reclaim(ours.id, "two").await.unwrap().unwrap();
         assert!(theirs.fence > ours.fence);
         let done = crate::builds::Outcome::Live;

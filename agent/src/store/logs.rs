@@ -180,7 +180,7 @@ mod tests {
         }
         // #1 and #2 have ended, #3 waits.
         for _ in 0..2 {
-            let build = store.claim("us").await.unwrap().unwrap();
+            let build = store.claim("us", false).await.unwrap().unwrap();
             store
                 .finish(&build, Status::Passed, Outcome::Live, None)
                 .await

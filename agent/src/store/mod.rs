@@ -4,6 +4,7 @@
 //! an agent that lost the environment cannot write over its successor.
 
 mod builds;
+pub mod care;
 mod dialect;
 mod environments;
 mod github;
@@ -22,6 +23,8 @@ use tokio::sync::watch;
 use crate::config::Environment;
 use dialect::{Db, on};
 use seal::Seal;
+
+pub use seal::Unsealable;
 
 pub use builds::{Filter, NewBuild};
 pub use environments::{Pin, Serving};
@@ -47,13 +50,23 @@ impl Store {
         let lock = lock(data_dir)?;
         let seal = Arc::new(Seal::open(data_dir)?);
         let (main, logs) = dialect::open(data_dir, database).await?;
-        Ok(Self {
+        let is_new_key = seal.is_new;
+        let store = Self {
             main,
             logs,
             seal,
             changed: Arc::new(watch::Sender::new(0)),
             _lock: Arc::new(lock),
-        })
+        };
+        if is_new_key && store.has_sealed().await? {
+            let path = data_dir.join(seal::KEY_FILE);
+            std::fs::remove_file(&path)?;
+            anyhow::bail!(
+                "the store holds sealed Secrets, and {} is missing: restore it from a backup, or from the agent that sealed them",
+                path.display()
+            );
+        }
+        Ok(store)
     }
 
     /// Tells when something changed; the value itself means nothing.

@@ -7,6 +7,7 @@ use sqlx::Row;
 use super::Store;
 use super::builds::unpin;
 use super::dialect::{on, row};
+use super::seal::SEALED;
 use crate::builds::{Build, BuildKind, Millis, now};
 use crate::release::{AppliedObject, Change, Evidence, Release};
 
@@ -60,6 +61,18 @@ impl Store {
     pub async fn release(&self, id: i64) -> anyhow::Result<Option<Release>> {
         let body: Option<String> = on!(&self.main, pool => sqlx::query_scalar("SELECT body FROM releases WHERE id = $1").bind(id).fetch_optional(pool).await?);
         body.map(|body| self.of_body(&body)).transpose()
+    }
+
+    /// As `release`, with Secrets as they are stored: sealed. For whoever only shows it.
+    pub async fn release_to_show(&self, id: i64) -> anyhow::Result<Option<Release>> {
+        let body: Option<String> = on!(&self.main, pool => sqlx::query_scalar("SELECT body FROM releases WHERE id = $1").bind(id).fetch_optional(pool).await?);
+        Ok(body.as_deref().map(serde_json::from_str).transpose()?)
+    }
+
+    pub(super) async fn has_sealed(&self) -> anyhow::Result<bool> {
+        let like = format!("%{SEALED}%");
+        let any: Option<i64> = on!(&self.main, pool => sqlx::query_scalar("SELECT id FROM releases WHERE body LIKE $1 LIMIT 1").bind(&like).fetch_optional(pool).await?);
+        Ok(any.is_some())
     }
 
     /// The whole release as it is stored: under its number, and with sealed Secrets.
@@ -176,15 +189,17 @@ impl Store {
             .collect()
     }
 
-    /// The Jobs that have run to their end in a build's environment, by name, which tells their content: those of every release
-    /// that went live, and those of this build after which it has applied more. What was pruned since may run anew.
-    pub async fn completed_jobs(&self, build: &Build) -> anyhow::Result<BTreeSet<String>> {
+    /// The Jobs that are known to have run to their end in an environment, by name, which tells their content: those of
+    /// releases that went live, and those after which a build has applied more. What was pruned since may run anew.
+    pub async fn completed_jobs(&self, environment: &str) -> anyhow::Result<BTreeSet<String>> {
         let names: Vec<String> = on!(&self.main, pool => sqlx::query_scalar(
                 "SELECT o.name FROM release_objects o JOIN releases r ON r.id = o.release_id \
                  WHERE r.environment = $1 AND r.live_at IS NOT NULL AND o.kind = 'Job' AND o.removed_at IS NULL \
-                 UNION SELECT j.name FROM build_objects j WHERE j.build_id = $2 AND j.kind = 'Job' AND EXISTS \
-                 (SELECT 1 FROM build_objects later WHERE later.build_id = j.build_id AND later.ordinal > j.ordinal)")
-            .bind(&build.environment).bind(build.id).fetch_all(pool).await?);
+                 UNION SELECT j.name FROM build_objects j JOIN builds b ON b.id = j.build_id \
+                 WHERE b.environment = $1 AND j.kind = 'Job' \
+                 AND EXISTS (SELECT 1 FROM build_objects later WHERE later.build_id = j.build_id AND later.ordinal > j.ordinal) \
+                 AND NOT EXISTS (SELECT 1 FROM release_objects gone WHERE gone.uid = j.uid AND gone.removed_at IS NOT NULL)")
+            .bind(environment).fetch_all(pool).await?);
         Ok(names.into_iter().collect())
     }
 

@@ -13,13 +13,28 @@ use serde_json::{Value, json};
 
 use crate::own_secret;
 
+pub(super) const KEY_FILE: &str = "seal-key";
 const KEY_BYTES: usize = 32;
 /// Stands in the place of `data` and `stringData`.
-const SEALED: &str = "landfall.dev/sealed";
+pub(super) const SEALED: &str = "landfall.dev/sealed";
 const CONTENTS: [&str; 2] = ["data", "stringData"];
+
+/// A release's Secrets cannot be read: the key is another one. No retry helps.
+#[derive(Debug)]
+pub struct Unsealable(String);
+
+impl std::fmt::Display for Unsealable {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Unsealable {}
 
 pub(super) struct Seal {
     key: RandomizedNonceKey,
+    /// It was made just now.
+    pub is_new: bool,
     /// Where the key is, for errors.
     path: String,
 }
@@ -27,7 +42,8 @@ pub(super) struct Seal {
 impl Seal {
     /// Reads the key of this data folder, or makes it.
     pub fn open(data_dir: &Path) -> anyhow::Result<Self> {
-        let path = data_dir.join("seal-key");
+        let path = data_dir.join(KEY_FILE);
+        let is_new = !path.exists();
         let key = hex::decode(own_secret::read_or_make(&path)?).unwrap_or_default();
         let path = path.display().to_string();
         ensure!(
@@ -36,7 +52,7 @@ impl Seal {
         );
         let key = RandomizedNonceKey::new(&AES_256_GCM, &key)
             .map_err(|_| anyhow!("{path} is no usable key"))?;
-        Ok(Self { key, path })
+        Ok(Self { key, is_new, path })
     }
 
     /// Seals the content of every Secret among these objects.

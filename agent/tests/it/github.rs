@@ -91,7 +91,7 @@ impl Agent {
     }
 
     async fn claim(&self) -> Build {
-        self.store.claim("test").await.unwrap().unwrap()
+        self.store.claim("test", false).await.unwrap().unwrap()
     }
 
     async fn end(&self, build: &Build, status: Status, sentence: &str) {

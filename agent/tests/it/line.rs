@@ -836,7 +836,14 @@ async fn what_nobody_owns_any_more_is_swept_and_nothing_of_others() {
     let mut landfall = Landfall::start("swept").await;
     let first = landfall.push(&[]).await;
     assert_eq!(landfall.end(first).await["outcome"], "live");
-    let work = landfall.path("data/work/4711");
+    let works = landfall.path("data/work");
+    let of_this_agent = std::fs::read_dir(works)
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap()
+        .path();
+    let work = of_this_agent.join("4711");
     let mirror = landfall.path("data/mirrors/gone-0123456789abcdef.git");
     let own_mirrors = || {
         std::fs::read_dir(landfall.path("data/mirrors"))

@@ -11,7 +11,7 @@ use landfall::stages::{
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use crate::support::{Namespace, busybox, kubeconfig, kubectl, registry};
+use crate::support::{Namespace, busybox, kubeconfig, kubectl, kubectl_command, registry};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
@@ -138,7 +138,18 @@ impl Stand {
         let mut evidence = Vec::new();
         let live = smoke_test::run(&scope, &self.release, &rolled_out, &mut evidence).await;
         let soaked = match &live {
-            Ok(_) => soak::run(&scope, &self.release, std::future::pending()).await,
+            Ok(_) => {
+                let never = CancellationToken::new();
+                let scope = Scope {
+                    cancel: &never,
+                    ..scope
+                };
+                let cut = async {
+                    self.cancel.cancelled().await;
+                    "the test says so".to_owned()
+                };
+                soak::run(&scope, &self.release, cut).await
+            }
             Err(_) => Ok(()),
         };
         self.evidence = evidence;
@@ -189,13 +200,11 @@ impl Drop for Stand {
             object["metadata"]["namespace"].is_null() && object["kind"] != "Namespace"
         });
         for object in cluster_wide {
-            let name = object["metadata"]["name"].as_str().unwrap();
-            kubectl(&[
-                "delete",
-                "--wait=false",
-                object["kind"].as_str().unwrap(),
-                name,
-            ]);
+            let (kind, name) = (&object["kind"], &object["metadata"]["name"]);
+            let (kind, name) = (kind.as_str().unwrap(), name.as_str().unwrap());
+            // A test that fails must not end the others by a second panic.
+            let _ = kubectl_command(&["delete", "--ignore-not-found", "--wait=false", kind, name])
+                .output();
         }
     }
 }

@@ -320,11 +320,17 @@ async fn what_a_killed_agent_left_is_swept_and_does_not_stop_the_next_attempt() 
     };
     leave();
     let own = test::owner(world.folder.path());
-    let is_own = |_, owner: &str| owner == own;
-    let sweep = || test::sweep(&world.config.docker, is_own);
-    assert_eq!(sweep().await.unwrap(), 1);
+    let docker = &world.config.docker;
+    let left_of_ours = async || {
+        let mut left = test::left(docker).await.unwrap();
+        left.retain(|left| left.owner == own);
+        left
+    };
+    let left = left_of_ours().await;
+    assert_eq!(left.len(), 1, "{left:?}");
+    test::remove_left(docker, &left).await.unwrap();
     assert_eq!(containers(&world), "");
-    assert_eq!(sweep().await.unwrap(), 0);
+    assert_eq!(left_of_ours().await, []);
     leave();
     run(&world, &pipeline("again", "true", "")).await.unwrap();
 }

@@ -558,7 +558,7 @@ async fn the_answer_that_failed_the_smoke_test_is_kept() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_secret_of_the_manifests_is_sealed_masked_and_put_back() {
-    let kinds = "    allowed_kinds: [Deployment, Service, Secret]\n";
+    let kinds = "    allowed_kinds: [Deployment, Service, Secret, Job]\n";
     let mut landfall = Landfall::start_with("sealed", kinds).await;
     let namespace = landfall.namespace.0.clone();
     let role = [
@@ -611,10 +611,33 @@ async fn a_secret_of_the_manifests_is_sealed_masked_and_put_back() {
         landfall.get(&format!("/api/builds/{id}/evidence")).await
     );
     assert!(!shown.contains("wrong-battery"), "{shown}");
+
+    // What a Job says last is in the cause, and so on the page and on GitHub.
+    let tells = format!(
+        "apiVersion: batch/v1\nkind: Job\nmetadata:\n  name: tells\nspec:\n  backoffLimit: 0\n  template:\n    spec:\n      restartPolicy: Never\n      \
+         containers:\n        - name: tells\n          image: {}\n          command: [sh, -c, \"echo fatal: $PASSWORD is wrong; exit 4\"]\n          \
+         env: [{{name: PASSWORD, valueFrom: {{secretKeyRef: {{name: login, key: password}}}}}}]\n",
+        busybox()
+    );
+    let id = landfall
+        .push(&[
+            ("kubernetes/login.yaml", &secret("third-staple")),
+            ("kubernetes/tells.yaml", &tells),
+            ("start.sh", "exec httpd -f -p 5000 -h /www"),
+        ])
+        .await;
+    let build = landfall.end(id).await;
+    assert_eq!(build["cause"]["id"], "job_failed", "{build:#}");
+    let sentence = build["cause"]["sentence"].as_str().unwrap();
+    assert!(sentence.ends_with("fatal: *** is wrong"), "{sentence}");
+    let history = landfall.get("/api/environments/hello/releases").await;
+    assert!(!history.to_string().contains("third-staple"), "{history:#}");
+
     for file in ["landfall.db", "landfall.db-wal", "logs.db", "logs.db-wal"] {
         let bytes = std::fs::read(landfall.path("data").join(file)).unwrap_or_default();
         let text = String::from_utf8_lossy(&bytes);
         for clear in [
+            "third-staple",
             "correct-horse",
             "wrong-battery",
             "Y29ycmVjdC1ob3JzZQ",

@@ -26,10 +26,12 @@ pub enum Ends {
     Well,
     /// Failed within so many seconds, by this cause, with these words in its sentence.
     Failed(&'static str, &'static str, u32),
+    /// As `Failed`, and not within so many seconds: until then it may pass by itself.
+    Patiently(&'static str, &'static str, u32, u32),
     /// Failed when its time is up, which is so many seconds: until then it may come right.
     OutOfTime(&'static str, &'static str, u32),
 }
-use Ends::{Failed, OutOfTime, Well};
+use Ends::{Failed, OutOfTime, Patiently, Well};
 
 macro_rules! scenarios {
     ($($name:ident $objects:expr, $ends:expr;)*) => {
@@ -51,7 +53,7 @@ scenarios! {
     a_registry_without_an_address_is_named
         |ns| web(ns, "true", |c| c["image"] = json!("registry.invalid/nosuch:1")), Failed("registry_unknown", "the registry registry.invalid", 15);
     a_registry_that_refuses_the_connection_has_a_minute
-        |ns| web(ns, "true", |c| c["image"] = json!("127.0.0.1:9/nosuch:1")), Failed("registry_unreachable", "connection refused", 80);
+        |ns| web(ns, "true", |c| c["image"] = json!("127.0.0.1:9/nosuch:1")), Patiently("registry_unreachable", "connection refused", 60, 80);
     a_registry_that_wants_a_password_is_named
         private_registry, Failed("image_pull_denied", "may not pull its image 127.0.0.1:5999/private/app:1", 50);
     a_program_for_another_cpu_is_named
@@ -133,7 +135,7 @@ scenarios! {
 
     // What the cluster allows.
     an_admission_webhook_that_is_away_has_a_minute
-        |ns| [vec![webhook_that_is_away(ns)], web(ns, SERVE, |_| {})].concat(), Failed("pods_refused", "failed calling webhook", 80);
+        |ns| [vec![webhook_that_is_away(ns)], web(ns, SERVE, |_| {})].concat(), Patiently("pods_refused", "failed calling webhook", 60, 80);
     a_quota_that_is_used_up_is_named
         |ns| [vec![json!({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "few", "namespace": ns}, "spec": {"hard": {"pods": "0"}}})], web(ns, SERVE, |_| {})].concat(),
         Failed("quota_exceeded", "exceeded quota: few", 12);
@@ -199,6 +201,12 @@ pub async fn judge(scenario: &Scenario, over: Option<Objects>) -> Result<f64, St
         (Failed(id, words, most), Err(StageError::Failed(cause))) if is(&cause, id, words) => {
             shown(&log)?;
             within(took, 0, *most).map(|()| took)
+        }
+        (Patiently(id, words, least, most), Err(StageError::Failed(cause)))
+            if is(&cause, id, words) =>
+        {
+            shown(&log)?;
+            within(took, *least, *most).map(|()| took)
         }
         (OutOfTime(id, words, limit), Err(StageError::Failed(cause))) if is(&cause, id, words) => {
             shown(&log)?;

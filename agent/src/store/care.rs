@@ -1,0 +1,213 @@
+//! Care of the embedded store: a copy while the agent works, its way back, and whether the files are whole.
+//!
+//! SQLite writes the copy itself, from one moment of each file (`VACUUM INTO`), and it is read before it counts. PostgreSQL
+//! has tools of its own for this.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use anyhow::{Context, bail, ensure};
+use sqlx::ConnectOptions;
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
+
+use super::{lock, make_private_dir};
+use crate::builds::now;
+
+/// The databases of a data folder.
+const DATABASES: [&str; 2] = ["landfall.db", "logs.db"];
+/// What it needs beside them: without the key the Secrets of releases cannot be read.
+const SECRETS: [&str; 2] = ["admin-token", "seal-key"];
+/// What SQLite keeps beside a database.
+const SIDE_FILES: [&str; 2] = ["-wal", "-shm"];
+
+/// Copies the store of a data folder into `to`, which must be missing or empty. The agent may run.
+pub async fn backup(data_dir: &Path, to: &Path) -> anyhow::Result<()> {
+    ensure!(
+        data_dir.join(DATABASES[0]).exists(),
+        "{} holds no store",
+        data_dir.display()
+    );
+    let is_used = std::fs::read_dir(to).is_ok_and(|mut entries| entries.next().is_some());
+    ensure!(!is_used, "{} is not empty: name a new folder", to.display());
+    make_private_dir(to)?;
+    for name in DATABASES {
+        let (from, copy) = (data_dir.join(name), to.join(name));
+        let mut source = open(&from).await?;
+        let copied = sqlx::query("VACUUM INTO $1")
+            .bind(copy.display().to_string())
+            .execute(&mut source)
+            .await;
+        copied.with_context(|| format!("cannot copy {}", from.display()))?;
+        check_file(&copy).await?;
+        // The copy is ours alone, and on disk before anybody relies on it.
+        std::fs::File::open(&copy)?.sync_all()?;
+    }
+    for name in SECRETS {
+        let from = data_dir.join(name);
+        if from.exists() {
+            std::fs::copy(&from, to.join(name))
+                .with_context(|| format!("cannot copy {}", from.display()))?;
+        }
+    }
+    std::fs::File::open(to)?.sync_all()?;
+    Ok(())
+}
+
+/// Puts a copy into the place of a data folder's store, which is kept beside it; where it was moved to. No agent may run.
+pub async fn restore(from: &Path, data_dir: &Path) -> anyhow::Result<Option<PathBuf>> {
+    for name in DATABASES {
+        check_file(&from.join(name)).await?;
+    }
+    let _lock = lock(data_dir)?;
+    let aside = data_dir.join(format!("before-restore-{}", now()));
+    let side_files = |name: &str| SIDE_FILES.map(|end| format!("{name}{end}"));
+    let known = DATABASES.iter().flat_map(|name| {
+        let own = std::iter::once((*name).to_owned());
+        own.chain(side_files(name))
+    });
+    let known: Vec<String> = known.chain(SECRETS.map(str::to_owned)).collect();
+    let there = |name: &&String| data_dir.join(name).exists();
+    let had_any = known.iter().any(|name| there(&name));
+    if had_any {
+        make_private_dir(&aside)?;
+    }
+    for name in known.iter().filter(there) {
+        std::fs::rename(data_dir.join(name), aside.join(name))
+            .with_context(|| format!("cannot move {name} to {}", aside.display()))?;
+    }
+    for name in DATABASES.iter().chain(&SECRETS) {
+        let copy = from.join(name);
+        if copy.exists() {
+            std::fs::copy(&copy, data_dir.join(name))
+                .with_context(|| format!("cannot copy {}", copy.display()))?;
+            std::fs::File::open(data_dir.join(name))?.sync_all()?;
+        }
+    }
+    std::fs::File::open(data_dir)?.sync_all()?;
+    Ok(had_any.then_some(aside))
+}
+
+/// Whether the databases of a data folder are whole. The agent may run.
+pub async fn check(data_dir: &Path) -> anyhow::Result<()> {
+    for name in DATABASES {
+        check_file(&data_dir.join(name)).await?;
+    }
+    Ok(())
+}
+
+async fn check_file(path: &Path) -> anyhow::Result<()> {
+    let shown = path.display();
+    let mut database = open(path).await?;
+    let found: Vec<String> = sqlx::query_scalar("PRAGMA integrity_check(20)")
+        .fetch_all(&mut database)
+        .await
+        .with_context(|| damaged(path))?;
+    if found != ["ok"] {
+        bail!("{shown} is damaged:\n  {}\n{HELP}", found.join("\n  "));
+    }
+    let _: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM _sqlx_migrations")
+        .fetch_one(&mut database)
+        .await
+        .with_context(|| format!("{shown} is not a store of Landfall"))?;
+    Ok(())
+}
+
+const HELP: &str = "Stop the agent, and `landfall restore` a backup. Without one, move the file away: the agent then begins with an empty history.";
+
+/// What is said of a file that SQLite cannot read; it is never made anew by itself.
+pub(super) fn damaged(path: &Path) -> String {
+    format!("{} cannot be read as a store. {HELP}", path.display())
+}
+
+async fn open(path: &Path) -> anyhow::Result<SqliteConnection> {
+    ensure!(path.exists(), "{} is missing", path.display());
+    let options = SqliteConnectOptions::from_str("sqlite:")?.filename(path);
+    options.connect().await.with_context(|| damaged(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::builds::{BuildKind, Push};
+    use crate::store::Store;
+
+    fn push(after: &str) -> Push {
+        Push {
+            repository_id: None,
+            repository: "acme/hello".to_owned(),
+            branch: "main".to_owned(),
+            before: String::new(),
+            after: after.to_owned(),
+            pusher: String::new(),
+            title: String::new(),
+            pushed_at: None,
+        }
+    }
+
+    async fn builds(data_dir: &Path) -> usize {
+        let store = Store::open(data_dir, None).await.unwrap();
+        store
+            .builds(&crate::store::Filter::default())
+            .await
+            .unwrap()
+            .len()
+    }
+
+    #[tokio::test]
+    async fn a_copy_of_a_store_in_use_comes_back_and_what_was_there_is_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let (data, copy) = (folder.path().join("data"), folder.path().join("copy"));
+        let store = Store::open(&data, None).await.unwrap();
+        store
+            .enqueue("hello", &push("a"), BuildKind::Push)
+            .await
+            .unwrap();
+        backup(&data, &copy).await.unwrap();
+        let again = backup(&data, &copy).await.unwrap_err();
+        assert!(again.to_string().contains("is not empty"), "{again:#}");
+        store
+            .enqueue("hello", &push("b"), BuildKind::Push)
+            .await
+            .unwrap();
+        let in_use = restore(&copy, &data).await.unwrap_err();
+        assert!(
+            in_use.to_string().contains("another agent is working"),
+            "{in_use:#}"
+        );
+        drop(store);
+        let aside = restore(&copy, &data).await.unwrap().unwrap();
+        assert_eq!(builds(&data).await, 1);
+        assert_eq!(builds(&aside).await, 2);
+        check(&data).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_damaged_file_is_told_and_never_made_anew() {
+        let folder = tempfile::tempdir().unwrap();
+        let (data, copy) = (folder.path().join("data"), folder.path().join("copy"));
+        drop(Store::open(&data, None).await.unwrap());
+        // A copy has no log beside it that would hide the damage.
+        backup(&data, &copy).await.unwrap();
+        let path = copy.join("landfall.db");
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes
+            .iter_mut()
+            .skip(4096)
+            .take(20_000)
+            .for_each(|byte| *byte = 0xaa);
+        std::fs::write(&path, &bytes).unwrap();
+        let told = check(&copy).await.unwrap_err();
+        assert!(format!("{told:#}").contains("landfall restore"), "{told:#}");
+
+        std::fs::write(&path, "not a database, but long enough to be taken for one").unwrap();
+        let Err(told) = Store::open(&copy, None).await else {
+            panic!("a file that is no store was opened");
+        };
+        assert!(format!("{told:#}").contains("landfall restore"), "{told:#}");
+        assert!(
+            std::fs::read_to_string(&path)
+                .unwrap()
+                .starts_with("not a database")
+        );
+    }
+}
