@@ -30,6 +30,7 @@ pub async fn backup(data_dir: &Path, to: &Path) -> anyhow::Result<()> {
     let is_used = std::fs::read_dir(to).is_ok_and(|mut entries| entries.next().is_some());
     ensure!(!is_used, "{} is not empty: name a new folder", to.display());
     make_private_dir(to)?;
+    rustix::process::umask(rustix::fs::Mode::from_bits_truncate(0o077));
     for name in DATABASES {
         let (from, copy) = (data_dir.join(name), to.join(name));
         let mut source = open(&from).await?;

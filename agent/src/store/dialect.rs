@@ -10,12 +10,13 @@ use anyhow::Context;
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
-use sqlx::{PgPool, SqlSafeStr, SqlitePool};
+use sqlx::{Connection, PgPool, SqlSafeStr, SqlitePool};
 
 use super::care;
 
 /// An earlier one loses committed writes in WAL mode (sqlite.org, changes of 3.51.3).
 const SQLITE_VERSION_MIN: (u32, u32, u32) = (3, 51, 3);
+const CONNECTIONS: u32 = 4;
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
 // By hand, as `row!` below: sqlx's own macros bring a second SQLite, compiled for the compiler.
@@ -154,7 +155,15 @@ async fn open_sqlite(
         .synchronous(synchronous)
         .busy_timeout(BUSY_TIMEOUT);
     let pool = SqlitePoolOptions::new()
-        .max_connections(4)
+        .max_connections(CONNECTIONS)
+        .after_release(|connection, _| {
+            Box::pin(async move {
+                connection.ping().await?;
+                // SQLite itself ends a transaction for which the disk is full. sqlx does not hear of it, and would refuse every
+                // later one on this connection.
+                Ok(!connection.is_in_transaction())
+            })
+        })
         .connect_with(options)
         .await
         .with_context(|| care::damaged(path))?;
