@@ -88,11 +88,11 @@ impl Seal {
                 continue;
             };
             let sealed = STANDARD.decode(sealed.as_str().unwrap_or_default())?;
-            let content = self.unsealed(&sealed, &bound_to).with_context(|| {
-                format!(
-                    "{bound_to} was sealed with another key than that of {}",
+            let content = self.unsealed(&sealed, &bound_to).map_err(|error| {
+                Unsealable(format!(
+                    "{bound_to} was sealed with another key than that of {} ({error:#})",
                     self.path
-                )
+                ))
             })?;
             members.remove("data");
             members.extend(content);
@@ -177,6 +177,10 @@ mod tests {
             error.to_string().contains("sealed with another key"),
             "{error:#}"
         );
+        assert!(
+            error.is::<Unsealable>(),
+            "no retry helps, and callers must know"
+        );
     }
 
     #[test]
@@ -193,5 +197,32 @@ mod tests {
             error.to_string().contains("restore it from a backup"),
             "{error:#}"
         );
+    }
+
+    #[tokio::test]
+    async fn a_missing_key_is_not_made_anew_where_something_is_sealed() {
+        use crate::store::{Store, dialect::on};
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path(), None).await.unwrap();
+        on!(&store.main, pool => sqlx::query(
+                "INSERT INTO releases (id, environment, build_id, commit_id, image, set_hash, body, state, planned_at) \
+                 VALUES (1, 'hello', 1, 'c', 'i', 'h', '{\"landfall.dev/sealed\": \"\"}', 'live', 0)")
+            .execute(pool).await.unwrap().rows_affected());
+        drop(store);
+        let key = folder.path().join(KEY_FILE);
+        let there = std::fs::read(&key).unwrap();
+        std::fs::remove_file(&key).unwrap();
+        for _ in 0..2 {
+            let Err(error) = Store::open(folder.path(), None).await else {
+                panic!("a store was opened whose Secrets cannot be read")
+            };
+            assert!(
+                error.to_string().contains("is missing: restore it"),
+                "{error:#}"
+            );
+            assert!(!key.exists());
+        }
+        std::fs::write(&key, there).unwrap();
+        Store::open(folder.path(), None).await.unwrap();
     }
 }
