@@ -1,6 +1,6 @@
 //! `landfall backup`, `landfall restore` and `landfall db check`: care of the embedded store, without a server.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
@@ -77,8 +77,8 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     care::backup(&data_dir, &arguments.to).await?;
     say!(
         "{} is copied to {}, and the copy is whole",
-        shown(&data_dir),
-        shown(&arguments.to)
+        data_dir.display(),
+        arguments.to.display()
     );
     Ok(ExitCode::SUCCESS)
 }
@@ -86,9 +86,9 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 pub async fn restore(arguments: &RestoreArguments) -> anyhow::Result<ExitCode> {
     let data_dir = arguments.place.data_dir()?;
     let aside = care::restore(&arguments.from, &data_dir).await?;
-    say!("{} holds the backup again", shown(&data_dir));
+    say!("{} holds the backup again", data_dir.display());
     if let Some(aside) = aside {
-        say!("  what was there is in {}", shown(&aside));
+        say!("  what was there is in {}", aside.display());
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -97,10 +97,6 @@ pub async fn db(arguments: &DbArguments) -> anyhow::Result<ExitCode> {
     let DbCommand::Check { place } = &arguments.command;
     let data_dir = place.data_dir()?;
     care::check(&data_dir).await?;
-    say!("the store in {} is whole", shown(&data_dir));
+    say!("the store in {} is whole", data_dir.display());
     Ok(ExitCode::SUCCESS)
-}
-
-fn shown(path: &Path) -> std::path::Display<'_> {
-    path.display()
 }

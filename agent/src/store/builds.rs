@@ -21,6 +21,21 @@ pub struct NewBuild<'a> {
     pub ends_others: bool,
 }
 
+impl<'a> NewBuild<'a> {
+    /// One that no delivery asked for.
+    pub const fn without_delivery(environment: &'a str, push: &'a Push, kind: BuildKind) -> Self {
+        Self {
+            environment,
+            push,
+            kind,
+            delivery_id: None,
+            body_hash: "",
+            superseded_by: None,
+            ends_others: true,
+        }
+    }
+}
+
 /// Numbers and inserts a build within a transaction, and ends what it takes the place of: builds of its environment
 /// that wait, or that run and have not begun to deploy. One that a person asked for ends no push, and a build that is
 /// superseded itself ends nothing.

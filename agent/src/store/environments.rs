@@ -127,13 +127,8 @@ impl Store {
     ) -> anyhow::Result<i64> {
         let at = now();
         let build = NewBuild {
-            environment,
-            push,
-            kind,
-            delivery_id: None,
-            body_hash: "",
-            superseded_by: None,
             ends_others: false,
+            ..NewBuild::without_delivery(environment, push, kind)
         };
         let by = &push.pusher;
         let id = on!(&self.main, pool, BEGIN, _lock => {

@@ -163,15 +163,7 @@ impl Store {
         newest: Option<&str>,
     ) -> anyhow::Result<Option<i64>> {
         let at = now();
-        let build = NewBuild {
-            environment,
-            push,
-            kind: BuildKind::Push,
-            delivery_id: None,
-            body_hash: "",
-            superseded_by: None,
-            ends_others: true,
-        };
+        let build = NewBuild::without_delivery(environment, push, BuildKind::Push);
         let id = on!(&self.main, pool, BEGIN, _lock => {
             let mut tx = pool.begin_with(BEGIN).await?;
             let current: Option<String> = sqlx::query_scalar(NEWEST_PUSH)
@@ -195,15 +187,7 @@ impl Store {
         kind: BuildKind,
     ) -> anyhow::Result<i64> {
         let at = now();
-        let build = NewBuild {
-            environment,
-            push,
-            kind,
-            delivery_id: None,
-            body_hash: "",
-            superseded_by: None,
-            ends_others: true,
-        };
+        let build = NewBuild::without_delivery(environment, push, kind);
         let id = on!(&self.main, pool, BEGIN, _lock => {
             let mut tx = pool.begin_with(BEGIN).await?;
             let id = super::builds::insert!(tx, build, at);

@@ -1,6 +1,6 @@
 //! Log lines, in chunks: written by one task a build, read by everyone who watches.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 
 use super::Store;
 use super::dialect::{on, row};
@@ -61,19 +61,17 @@ impl Store {
         let sizes: Vec<(i64, i64)> = on!(&self.logs, pool => sqlx::query_as(
                 "SELECT build_id, CAST(SUM(LENGTH(bytes)) AS BIGINT) FROM log_chunks GROUP BY build_id ORDER BY build_id DESC")
             .fetch_all(pool).await?);
-        let kept: HashSet<i64> = on!(&self.main, pool => sqlx::query_scalar(
-                "SELECT id FROM builds WHERE finished_at IS NULL OR finished_at >= $1")
-            .bind(ended_before).fetch_all(pool).await?)
-        .into_iter()
-        .collect();
-        let open: HashSet<i64> = on!(&self.main, pool => sqlx::query_scalar("SELECT id FROM builds WHERE finished_at IS NULL")
+        let ended: HashMap<i64, Millis> = on!(&self.main, pool => sqlx::query_as("SELECT id, finished_at FROM builds WHERE finished_at IS NOT NULL")
             .fetch_all(pool).await?).into_iter().collect();
         let (mut sum, mut swept) = (0_u64, 0);
         // The newest first: what is over the sum then is the oldest.
         for (build, bytes) in sizes {
             sum = sum.saturating_add(u64::try_from(bytes).unwrap_or(0));
-            let is_kept = kept.contains(&build) && sum <= bytes_max;
-            if is_kept || open.contains(&build) {
+            // One that still runs is not there.
+            let is_over = ended
+                .get(&build)
+                .is_some_and(|at| *at < ended_before || sum > bytes_max);
+            if !is_over {
                 continue;
             }
             on!(&self.logs, pool => sqlx::query("DELETE FROM log_chunks WHERE build_id = $1")

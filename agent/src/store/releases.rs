@@ -59,13 +59,19 @@ impl Store {
     }
 
     pub async fn release(&self, id: i64) -> anyhow::Result<Option<Release>> {
-        let body: Option<String> = on!(&self.main, pool => sqlx::query_scalar("SELECT body FROM releases WHERE id = $1").bind(id).fetch_optional(pool).await?);
+        let body = self.stored_body(id).await?;
         body.map(|body| self.of_body(&body)).transpose()
+    }
+
+    async fn stored_body(&self, id: i64) -> anyhow::Result<Option<String>> {
+        Ok(
+            on!(&self.main, pool => sqlx::query_scalar("SELECT body FROM releases WHERE id = $1").bind(id).fetch_optional(pool).await?),
+        )
     }
 
     /// As `release`, with Secrets as they are stored: sealed. For whoever only shows it.
     pub async fn release_to_show(&self, id: i64) -> anyhow::Result<Option<Release>> {
-        let body: Option<String> = on!(&self.main, pool => sqlx::query_scalar("SELECT body FROM releases WHERE id = $1").bind(id).fetch_optional(pool).await?);
+        let body = self.stored_body(id).await?;
         Ok(body.as_deref().map(serde_json::from_str).transpose()?)
     }
 

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use landfall::build_log::{BuildLog, Masker};
-use landfall::builds::{Build, BuildKind, Cause, Outcome, Stage, Status};
+use landfall::builds::{Build, Cause, Stage};
 use landfall::config::{Config, Docker, Environment};
 use landfall::stages::checkout::{self, Checkout};
 use landfall::stages::{CheckedOut, Scope, StageError, StageResult};
@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::git_server::GitServer;
 use crate::git_world::{PIPELINE, World, git};
-use crate::support::eventually;
+use crate::support::{self, eventually};
 
 pub const EXE: &str = env!("CARGO_BIN_EXE_landfall");
 const CANARY: &str = "ghp_CanaryCanaryCanary0123456789";
@@ -157,28 +157,10 @@ impl Agent {
 
 fn build(branch: &str, commit: &str) -> Build {
     Build {
-        id: 1,
-        environment: "hello".to_owned(),
-        repository: "acme/hello".to_owned(),
         branch: branch.to_owned(),
         commit: commit.to_owned(),
-        title: String::new(),
-        by: "ada".to_owned(),
-        kind: BuildKind::Push,
-        status: Status::Running,
-        outcome: Outcome::Unchanged,
-        cause: None,
         stage: Some(Stage::Checkout),
-        attempt: 1,
-        fence: 1,
-        image: None,
-        release_id: None,
-        queued_at: 0,
-        started_at: None,
-        finished_at: None,
-        cancel_requested: false,
-        superseded_by: None,
-        restored_release: None,
+        ..support::build()
     }
 }
 

@@ -4,7 +4,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use landfall::build_log::{BuildLog, Masker};
-use landfall::builds::{Build, BuildKind, Cause, Outcome, Stage, Status};
+use landfall::builds::{Build, Cause, Stage};
 use landfall::config::{Docker, Environment};
 use landfall::diagnostic::parse_yaml;
 use landfall::pipeline::{self, Pipeline};
@@ -16,9 +16,10 @@ use serde_json::Value;
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 
-use crate::support::{Namespace, busybox, eventually, kubeconfig, kubectl, registry, setting};
+use crate::support::{
+    self, COMMIT, Namespace, busybox, eventually, kubeconfig, kubectl, registry, setting,
+};
 
-const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 const LIMIT: Duration = Duration::from_secs(90);
 
 /// One environment, and the tree of a commit.
@@ -194,26 +195,9 @@ fn build(number: i64) -> Build {
     Build {
         id: number,
         environment: "test".to_owned(),
-        repository: "acme/hello".to_owned(),
-        branch: "main".to_owned(),
-        commit: COMMIT.to_owned(),
-        title: String::new(),
         by: "me".to_owned(),
-        kind: BuildKind::Push,
-        status: Status::Running,
-        outcome: Outcome::Unchanged,
-        cause: None,
-        stage: None,
-        attempt: 1,
         fence: number,
-        image: None,
-        release_id: None,
-        queued_at: 0,
-        started_at: None,
-        finished_at: None,
-        cancel_requested: false,
-        superseded_by: None,
-        restored_release: None,
+        ..support::build()
     }
 }
 

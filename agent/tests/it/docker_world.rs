@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use landfall::build_log::{BuildLog, Masker, StageLog};
-use landfall::builds::{Build, BuildKind, Cause, Outcome, Stage, Status};
+use landfall::builds::{Build, Cause, Stage};
 use landfall::config::Config;
 use landfall::pipeline;
 use landfall::stages::{CheckedOut, Scope, StageError, StageResult};
@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::support;
 
-pub const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+pub use crate::support::COMMIT;
 
 pub struct World {
     pub config: Config,
@@ -176,27 +176,8 @@ pub fn unique() -> i64 {
 pub fn build() -> Build {
     Build {
         id: unique(),
-        environment: "hello".to_owned(),
-        repository: "acme/hello".to_owned(),
-        branch: "main".to_owned(),
-        commit: COMMIT.to_owned(),
-        title: String::new(),
         by: "somebody".to_owned(),
-        kind: BuildKind::Push,
-        status: Status::Running,
-        outcome: Outcome::Unchanged,
-        cause: None,
-        stage: None,
-        attempt: 1,
-        fence: 1,
-        image: None,
-        release_id: None,
-        queued_at: 0,
-        started_at: None,
-        finished_at: None,
-        cancel_requested: false,
-        superseded_by: None,
-        restored_release: None,
+        ..support::build()
     }
 }
 

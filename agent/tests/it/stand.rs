@@ -1,7 +1,7 @@
 //! A release on the real cluster, put there by kubectl, and what the stages after the apply are given of it.
 
 use landfall::build_log::{BuildLog, Masker, StageLog};
-use landfall::builds::{Build, BuildKind, Cause, Outcome, Stage, Status};
+use landfall::builds::{Build, Cause, Stage};
 use landfall::config::{Docker, Environment};
 use landfall::release::{AppliedObject, Change, Evidence, Release};
 use landfall::stages::{
@@ -11,9 +11,9 @@ use landfall::stages::{
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use crate::support::{Namespace, busybox, kubeconfig, kubectl, kubectl_command, registry};
-
-const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+use crate::support::{
+    self, COMMIT, Namespace, busybox, kubeconfig, kubectl, kubectl_command, registry,
+};
 
 /// A namespace with a release in it, applied by kubectl, and what a stage is given.
 pub struct Stand {
@@ -46,7 +46,7 @@ impl Stand {
         Self {
             namespace,
             environment,
-            build: build(),
+            build: support::build(),
             release,
             log,
             cancel: CancellationToken::new(),
@@ -206,33 +206,6 @@ impl Drop for Stand {
             let _ = kubectl_command(&["delete", "--ignore-not-found", "--wait=false", kind, name])
                 .output();
         }
-    }
-}
-
-fn build() -> Build {
-    Build {
-        id: 1,
-        environment: "hello".to_owned(),
-        repository: "acme/hello".to_owned(),
-        branch: "main".to_owned(),
-        commit: COMMIT.to_owned(),
-        title: String::new(),
-        by: "ada".to_owned(),
-        kind: BuildKind::Push,
-        status: Status::Running,
-        outcome: Outcome::Unchanged,
-        cause: None,
-        stage: None,
-        attempt: 1,
-        fence: 1,
-        image: None,
-        release_id: None,
-        queued_at: 0,
-        started_at: None,
-        finished_at: None,
-        cancel_requested: false,
-        superseded_by: None,
-        restored_release: None,
     }
 }
 

@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use landfall::builds::{Build, BuildKind, Outcome, Status};
+
 /// A variable that `make test` sets; a test without its surroundings fails and never skips.
 pub fn setting(name: &str) -> String {
     std::env::var(name).unwrap_or_else(|_| {
@@ -46,6 +48,36 @@ pub fn kubectl(arguments: &[&str]) -> String {
         String::from_utf8_lossy(&output.stderr)
     );
     String::from_utf8(output.stdout).unwrap()
+}
+
+pub const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+
+/// A running build of a push, as a stage is given it.
+pub fn build() -> Build {
+    Build {
+        id: 1,
+        environment: "hello".to_owned(),
+        repository: "acme/hello".to_owned(),
+        branch: "main".to_owned(),
+        commit: COMMIT.to_owned(),
+        title: String::new(),
+        by: "ada".to_owned(),
+        kind: BuildKind::Push,
+        status: Status::Running,
+        outcome: Outcome::Unchanged,
+        cause: None,
+        stage: None,
+        attempt: 1,
+        fence: 1,
+        image: None,
+        release_id: None,
+        queued_at: 0,
+        started_at: None,
+        finished_at: None,
+        cancel_requested: false,
+        superseded_by: None,
+        restored_release: None,
+    }
 }
 
 /// A kubeconfig of an agent that may do in this namespace what it needs, and nothing elsewhere (dev/agent-rights).
