@@ -121,6 +121,14 @@ pub fn variables_for_git() -> impl Iterator<Item = (&'static str, std::ffi::OsSt
         .filter_map(|name| Some((name, std::env::var_os(name)?)))
 }
 
+/// `LANDFALL_FAIL_POINT=NAME:COUNT`, of the tests.
+#[cfg(debug_assertions)]
+pub fn fail_point() -> Option<(String, u64)> {
+    let wanted = std::env::var("LANDFALL_FAIL_POINT").ok()?;
+    let (name, count) = wanted.rsplit_once(':')?;
+    Some((name.to_owned(), count.parse().ok()?))
+}
+
 /// What is kept, and how long.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]

@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use crate::build_log::Masker;
 use crate::builds::{Build, Millis, Outcome, Status, human_duration, is_commit_id, now};
 use crate::config::{Config, Github, Secret};
+use crate::fail_point;
 use crate::store::{Siblings, Store, Untold};
 
 const API_URL: &str = "https://api.github.com";
@@ -109,8 +110,8 @@ impl Whom {
     }
 }
 
-/// Tells GitHub until `shutdown` fires. Without a token it says so once and ends.
-pub async fn run(config: Arc<Config>, store: Store, shutdown: CancellationToken) {
+/// Tells GitHub until `shutdown` fires. Without a token it says so once and ends. Of several agents one speaks for all.
+pub async fn run(config: Arc<Config>, store: Store, holder: String, shutdown: CancellationToken) {
     let Some(token) = &config.github.token else {
         tracing::info!("no `github.token`: commits get no status");
         return;
@@ -124,6 +125,7 @@ pub async fn run(config: Arc<Config>, store: Store, shutdown: CancellationToken)
     let mut teller = Teller {
         base_url: config.base_url(),
         store,
+        holder,
         octocrab,
         masker,
         from: 0,
@@ -192,6 +194,8 @@ fn repository_path(repository: &str) -> Option<String> {
 struct Teller {
     base_url: String,
     store: Store,
+    /// Who we are among the agents of the store.
+    holder: String,
     octocrab: Octocrab,
     masker: Masker,
     /// Everything is said of builds with smaller numbers.
@@ -230,6 +234,9 @@ fn commit_of(build: &Build) -> (String, String) {
 impl Teller {
     /// Says what can be said now; how long until something more can.
     async fn pass(&mut self) -> anyhow::Result<Duration> {
+        if !self.store.leads(&self.holder).await? {
+            return Ok(POLL_EVERY);
+        }
         let open = self.store.untold(self.from, OPEN_MAX).await?;
         self.from = open.first().map_or(self.from, |first| first.build.id);
         let at = now();
@@ -309,6 +316,7 @@ impl Teller {
         let answer = tokio::time::timeout(REQUEST_TIMEOUT, sent)
             .await
             .unwrap_or_else(|_| Err(format!("no answer within {} s", REQUEST_TIMEOUT.as_secs())));
+        fail_point::at("github: told");
         match answer {
             Ok((code, headers, body)) => {
                 let message = self.masker.mask_text(&message(&body));

@@ -16,6 +16,7 @@ pub mod dashboard;
 pub mod diagnostic;
 pub mod docker;
 pub mod dockerignore;
+mod fail_point;
 pub mod git;
 pub mod github;
 pub mod manifests;

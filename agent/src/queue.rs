@@ -14,8 +14,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::builds::{Build, Cause, Outcome, Status};
 use crate::runner::{self, Agent};
+use crate::store::{LEASE, RENEW_EVERY};
 
 const POLL_EVERY: Duration = Duration::from_secs(1);
+/// An agent whose last word is as old as this stops what it runs: another may begin to take it over.
+const SILENCE_MAX: Duration = Duration::from_secs(LEASE.as_secs() * 2 / 3);
 /// Between an end that could not be written and the next try.
 const RESUME_PAUSE: Duration = Duration::from_secs(5);
 /// How long the builds may take to reach a place from which the next agent can go on.
@@ -27,6 +30,7 @@ pub async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
         agent,
         builds: HashMap::new(),
         resting: HashMap::new(),
+        renewed: None,
         tasks: JoinSet::new(),
         has_room: true,
     };
@@ -35,6 +39,7 @@ pub async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
         if let Err(error) = working.turn().await {
             tracing::error!(error = format!("{error:#}"), "the queue cannot work");
         }
+        working.stop_if_silent();
         tokio::select! {
             () = shutdown.cancelled() => {}
             _ = changes.changed() => {}
@@ -50,14 +55,38 @@ struct Working {
     builds: HashMap<i64, CancellationToken>,
     /// When our task of a build ended; where its row still says running, it is tried again after a pause.
     resting: HashMap<i64, Instant>,
+    /// When the store heard last that we are alive.
+    renewed: Option<Instant>,
     tasks: JoinSet<i64>,
     has_room: bool,
 }
 
 impl Working {
+    /// Says that we are alive. Who cannot say so works no longer: its builds are another agent's before long.
+    async fn renew(&mut self) -> anyhow::Result<()> {
+        if self.renewed.is_none_or(|at| at.elapsed() >= RENEW_EVERY) {
+            let begun = Instant::now();
+            self.agent.store.renew(&self.agent.holder).await?;
+            self.renewed = Some(begun);
+        }
+        Ok(())
+    }
+
+    fn stop_if_silent(&self) {
+        let is_silent = self.renewed.is_none_or(|at| at.elapsed() > SILENCE_MAX);
+        if is_silent && !self.builds.is_empty() {
+            tracing::error!(
+                "the store has not heard of us in time: builds are left to another agent"
+            );
+            for lost in self.builds.values() {
+                lost.cancel();
+            }
+        }
+    }
+
     /// Builds that no task of ours runs: their agent died, or could not write how they ended.
     async fn resume(&mut self) -> anyhow::Result<()> {
-        for build in self.agent.store.running().await? {
+        for build in self.agent.store.abandoned(&self.agent.holder).await? {
             if self.builds.contains_key(&build.id)
                 || self
                     .resting
@@ -66,12 +95,7 @@ impl Working {
             {
                 continue;
             }
-            if let Some(build) = self
-                .agent
-                .store
-                .reclaim(build.id, &self.agent.holder)
-                .await?
-            {
+            if let Some(build) = self.agent.store.reclaim(&build, &self.agent.holder).await? {
                 tracing::info!(build = build.id, attempt = build.attempt, "build resumed");
                 self.start(build);
             }
@@ -80,6 +104,7 @@ impl Working {
     }
 
     async fn turn(&mut self) -> anyhow::Result<()> {
+        self.renew().await?;
         self.resume().await?;
         for (id, token) in &self.builds {
             let Some(build) = self.agent.store.build(*id).await? else {
@@ -147,23 +172,21 @@ impl Working {
                 )
                 .hint("please report it, with the agent's own log");
                 let known = agent.store.build(id).await.ok().flatten();
-                let outcome = if known.is_none_or(|build| build.release_id.is_some()) {
-                    if let Err(error) = agent.store.set_unsettled(&build.environment, true).await {
-                        tracing::error!(
-                            build = id,
-                            error = format!("{error:#}"),
-                            "cannot mark an environment as unsettled"
-                        );
-                    }
-                    Outcome::Unknown
-                } else {
-                    Outcome::Unchanged
+                let outcome = match known.is_none_or(|build| build.release_id.is_some()) {
+                    true => Outcome::Unknown,
+                    false => Outcome::Unchanged,
                 };
-                if let Err(error) = agent
-                    .store
-                    .finish(&build, Status::Errored, outcome, Some(&cause))
-                    .await
-                {
+                let ended = async {
+                    let store = &agent.store;
+                    store.ensure_held(&build).await?;
+                    if outcome == Outcome::Unknown {
+                        store.set_unsettled(&build.environment, true).await?;
+                    }
+                    store
+                        .finish(&build, Status::Errored, outcome, Some(&cause))
+                        .await
+                };
+                if let Err(error) = ended.await {
                     tracing::error!(
                         build = id,
                         error = format!("{error:#}"),
@@ -197,6 +220,12 @@ impl Working {
         if tokio::time::timeout(STOP_LIMIT, all).await.is_err() {
             tracing::warn!(
                 "builds did not reach a safe place in time; the next start resumes them"
+            );
+        }
+        if let Err(error) = self.agent.store.leave(&self.agent.holder).await {
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "cannot tell the store that we leave"
             );
         }
     }

@@ -16,7 +16,7 @@ use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::Deserialize;
 use serde_json::json;
 use sha2::{Digest, Sha256};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::app::App;
 use crate::builds::{Push, is_commit_id};
@@ -72,7 +72,7 @@ async fn take(app: &App, request: Request<Body>) -> Result<Response, Rejection> 
     }
     // Nobody who has no signature at all is read.
     signature(&parts.headers).ok_or(Rejection::Signature)?;
-    let body = read(&parts.headers, body).await?;
+    let (body, _in_flight) = read(&parts.headers, body).await?;
     let environments = signed_for(&parts.headers, &body, &app.config.environments)?;
     let event = header_text(&parts.headers, "x-github-event");
     let push = match meaning(&event, &parts.headers, &body)? {
@@ -92,26 +92,25 @@ async fn take(app: &App, request: Request<Body>) -> Result<Response, Rejection> 
         body_hash: hex::encode(Sha256::digest(&body)),
         body,
     };
-    let builds = tokio::time::timeout(STORE_TIMEOUT, app.store.accept(&delivery, &push, &takers))
+    let (guid, after) = (&delivery.guid, &push.after);
+    let (repository, branch) = (&push.repository, &push.branch);
+    let span = tracing::info_span!("push", guid, repository, branch, after);
+    let builds = tokio::time::timeout(STORE_TIMEOUT, app.store.accept(delivery, push, &takers))
         .await
         .map_err(|_| Rejection::NotStored)?
         .map_err(|error| {
             tracing::error!(error = format!("{error:#}"), "cannot store a delivery");
             Rejection::NotStored
         })?;
-    tracing::info!(
-        guid = delivery.guid,
-        repository = push.repository,
-        branch = push.branch,
-        after = push.after,
-        ?builds,
-        "push accepted"
-    );
+    span.in_scope(|| tracing::info!(?builds, "accepted"));
     Ok((StatusCode::ACCEPTED, Json(json!({ "builds": builds }))).into_response())
 }
 
-/// The whole body, within the limits of one delivery and of all that are in flight.
-async fn read(headers: &HeaderMap, body: Body) -> Result<Vec<u8>, Rejection> {
+/// Its share of the bytes that may be in flight: given back when it is dropped.
+type InFlight = Option<SemaphorePermit<'static>>;
+
+/// The whole body, within the limits of one delivery and of all that are in flight until they are stored.
+async fn read(headers: &HeaderMap, body: Body) -> Result<(Vec<u8>, InFlight), Rejection> {
     let announced = header_text(headers, "content-length").parse::<usize>().ok();
     if announced.is_some_and(|bytes| bytes > BODY_BYTES_MAX) {
         drain(body).await;
@@ -119,7 +118,7 @@ async fn read(headers: &HeaderMap, body: Body) -> Result<Vec<u8>, Rejection> {
     }
     let reading = async {
         let mut body = Limited::new(body, BODY_BYTES_MAX);
-        let (mut bytes, mut budget) = (Vec::new(), Vec::new());
+        let (mut bytes, mut in_flight): (_, InFlight) = (Vec::new(), None);
         while let Some(frame) = body.frame().await {
             let frame = frame.map_err(|error| match error.is::<LengthLimitError>() {
                 true => Rejection::TooLarge,
@@ -130,14 +129,16 @@ async fn read(headers: &HeaderMap, body: Body) -> Result<Vec<u8>, Rejection> {
             };
             // Only what has come counts: a connection that announces much and sends nothing takes nobody's place.
             let kib = u32::try_from(data.len().div_ceil(1024)).unwrap_or(u32::MAX);
-            budget.push(
-                IN_FLIGHT
-                    .try_acquire_many(kib)
-                    .map_err(|_| Rejection::NotStored)?,
-            );
+            let share = IN_FLIGHT
+                .try_acquire_many(kib)
+                .map_err(|_| Rejection::NotStored)?;
+            match &mut in_flight {
+                Some(sum) => sum.merge(share),
+                None => in_flight = Some(share),
+            }
             bytes.extend_from_slice(&data);
         }
-        Ok(bytes)
+        Ok((bytes, in_flight))
     };
     tokio::time::timeout(BODY_TIMEOUT, reading)
         .await
@@ -318,16 +319,18 @@ fn push_meaning(payload: Payload) -> Result<Meaning, Rejection> {
         branch: branch.to_owned(),
         before,
         after,
-        pusher: pusher.chars().take(100).collect(),
-        title: message
-            .lines()
-            .next()
-            .unwrap_or_default()
-            .chars()
-            .take(200)
-            .collect(),
+        pusher: shortened(&pusher, 100),
+        title: shortened(message.lines().next().unwrap_or_default(), 200),
         pushed_at: repository.pushed_at.as_ref().and_then(milliseconds),
     }))
+}
+
+/// PostgreSQL stores no NUL in a text.
+fn shortened(text: &str, chars_max: usize) -> String {
+    text.chars()
+        .filter(|c| *c != '\0')
+        .take(chars_max)
+        .collect()
 }
 
 /// GitHub writes seconds in push events and text elsewhere.

@@ -29,6 +29,7 @@ pub mod schema;
 pub mod serve;
 pub mod standalone;
 pub mod status;
+pub mod systemd;
 pub mod terminal;
 pub mod undo;
 pub mod validate;

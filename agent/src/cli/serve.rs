@@ -1,13 +1,14 @@
 //! `landfall serve`: the agent. Configuration, store, listeners, then queue, GitHub and pages side by side until a
 //! signal ends them.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
+use super::systemd::{self, Inherited};
 use crate::app::App;
 use crate::config::Config;
 use crate::runner::Agent;
@@ -55,19 +56,26 @@ async fn start(config_path: &Path) -> anyhow::Result<Serving> {
     )
     .await?;
     store.ensure_environments(&config.environments).await?;
-    let listener = server::bind(config.listen, "LANDFALL_LISTEN").await?;
+    let mut inherited = Inherited::take()?;
+    let mut listen = async |address, variable| match inherited.of(address)? {
+        Some(listener) => Ok(listener),
+        None => server::bind(address, variable).await,
+    };
+    let listener = listen(config.listen, "LANDFALL_LISTEN").await?;
     let webhook_listener = match config.webhook_listen {
-        Some(address) => Some(server::bind(address, "LANDFALL_WEBHOOK_LISTEN").await?),
+        Some(address) => Some(listen(address, "LANDFALL_WEBHOOK_LISTEN").await?),
         None => None,
     };
+    inherited.all_taken()?;
     let admin_token = admin_token(&config.data_dir)?;
     let shutdown = CancellationToken::new();
+    let name = folder_name(&config.data_dir)?;
     let agent = Agent {
         config: Arc::clone(&config),
         store: store.clone(),
-        work: work_root(&config.data_dir)?,
+        work: config.data_dir.join("work").join(&name),
         exe: crate::git::process::own_exe()?,
-        holder: own_secret::random_hex()?,
+        holder: format!("{name}.{}", own_secret::random_hex()?),
         stopping: CancellationToken::new(),
     };
     let app = App {
@@ -114,11 +122,13 @@ impl Serving {
         let github = tokio::spawn(github::run(
             Arc::clone(&app.config),
             app.store.clone(),
+            agent.holder.clone(),
             shutdown.clone(),
         ));
         let reconciler = tokio::spawn(reconcile::run(Arc::clone(&agent), shutdown.clone()));
         let sweeper = tokio::spawn(sweep::run(Arc::clone(&agent), shutdown.clone()));
         let queue = tokio::spawn(queue::run(agent, shutdown.clone()));
+        let systemd = tokio::spawn(systemd::tell(shutdown.clone()));
         wait_for_signal().await;
         tracing::info!(
             "stopping; running builds are left for the next start, a second signal ends at once"
@@ -133,6 +143,7 @@ impl Serving {
             let _ = github.await;
             let _ = reconciler.await;
             let _ = sweeper.await;
+            let _ = systemd.await;
         };
         tokio::select! {
             () = all => {}
@@ -154,12 +165,11 @@ async fn wait_for_signal() {
     }
 }
 
-/// Its name is random, and made once: two agents with the same data folder on two machines, or in two containers, may
-/// share an engine.
-fn work_root(data_dir: &Path) -> anyhow::Result<PathBuf> {
+/// A data folder's name is random, and made once: agents with the same path on two machines, or in two containers, may
+/// share an engine or a database.
+fn folder_name(data_dir: &Path) -> anyhow::Result<String> {
     let id = own_secret::read_or_make(&data_dir.join("agent-id"))?;
-    let name: String = id.chars().take(8).collect();
-    Ok(data_dir.join("work").join(name))
+    Ok(id.chars().take(8).collect())
 }
 
 /// The token for writes: made at the first start.

@@ -18,6 +18,7 @@ use super::lease::{self, Held};
 use super::ownership::{self, FENCE, MANAGER, MANAGER_REPLICAS, Taking};
 use super::{Answer, Cluster, Resource, Trouble, refusal};
 use crate::builds::Cause;
+use crate::fail_point;
 use crate::manifests::render::{HISTORY, is_workload, template, template_hash};
 use crate::manifests::{api_version, display_name, kind, name, text};
 use crate::release::AppliedObject;
@@ -364,9 +365,13 @@ async fn patch(
             .request(resource)
             .patch(name(desired), &parameters, &Patch::Apply(desired));
     let request = request.map_err(|error| Answer::Away(error.into()))?;
-    cluster
+    let applied = cluster
         .send(&format!("apply {}", display_name(desired)), &request)
-        .await
+        .await?;
+    if !dry_run {
+        fail_point::at("cluster: applied");
+    }
+    Ok(applied)
 }
 
 /// The object as it is sent, given what is live.
@@ -492,7 +497,10 @@ pub async fn remove(held: &Held, object: &AppliedObject) -> Result<Removal, Trou
             .delete(&object.name, &parameters)
             .with_context(|| format!("cannot {what}"))?;
         match cluster.send(&what, &request).await {
-            Ok(_) => return Ok(Removal::Removed),
+            Ok(_) => {
+                fail_point::at("cluster: removed");
+                return Ok(Removal::Removed);
+            }
             Err(Answer::Refused(status)) if status.code == 404 => return Ok(Removal::Gone),
             Err(Answer::Refused(status)) if status.code == 409 => {}
             Err(answer) => return Err(trouble(cluster, &manifest, answer)),

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use super::ownership::{FENCE, MANAGER_FENCE};
 use super::{Answer, Cluster, Resource, Trouble};
+use crate::fail_point;
 use crate::manifests::{api_version, display_name, kind, name, text};
 
 const TRIES_MAX: u32 = 5;
@@ -57,6 +58,7 @@ pub async fn claim(
         .await;
         let error = match asked {
             Ok(Ok(lease)) => {
+                fail_point::at("cluster: lease claimed");
                 return Ok(Held {
                     cluster: cluster.clone(),
                     fence: number(&lease),
@@ -197,7 +199,10 @@ pub async fn fence(
                 .patch(name(&live), &parameters, &Patch::Apply(&label));
         let request = request.context("cannot write a fence")?;
         match cluster.send(&what, &request).await {
-            Ok(live) => return Ok(Some(live)),
+            Ok(live) => {
+                fail_point::at("cluster: fence written");
+                return Ok(Some(live));
+            }
             // Changed or made anew since it was read.
             Err(Answer::Refused(status)) if matches!(status.code, 409 | 422) => {}
             Err(answer) => return Err(answer.into_error(&what).into()),

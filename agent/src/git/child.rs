@@ -157,7 +157,7 @@ fn with_mirror(request: &Request, report: &Report) -> Result<Answer, Failure> {
         }
         Job::Checkout {
             commit,
-            deployed,
+            newer,
             tree,
         } => {
             let id = Oid::from_str(commit)?;
@@ -172,10 +172,12 @@ fn with_mirror(request: &Request, report: &Report) -> Result<Answer, Failure> {
             if !reaches(&repository, tip, id)? {
                 return Err(Trouble::Cause(commit_gone(request, commit, tip)).into());
             }
-            if id != tip && is_older(&repository, id, deployed.as_deref())? {
-                return Ok(Answer::Stale {
-                    head: tip.to_string(),
-                });
+            for one in newer {
+                if id != tip && is_older(&repository, id, one)? {
+                    return Ok(Answer::Stale {
+                        head: tip.to_string(),
+                    });
+                }
             }
             Ok(Answer::Tree(walk::write_tree(
                 &repository,
@@ -211,15 +213,15 @@ fn reaches(repository: &Repository, tip: Oid, id: Oid) -> Result<bool, Failure> 
     Ok(repository.graph_descendant_of(tip, id)?)
 }
 
-/// Whether what is deployed came after `id`. What the mirror does not know says nothing.
-fn is_older(repository: &Repository, id: Oid, deployed: Option<&str>) -> Result<bool, Failure> {
-    let Some(deployed) = deployed.and_then(|text| Oid::from_str(text).ok()) else {
+/// Whether `other` was made on top of `id`. What the mirror does not know says nothing.
+fn is_older(repository: &Repository, id: Oid, other: &str) -> Result<bool, Failure> {
+    let Ok(other) = Oid::from_str(other) else {
         return Ok(false);
     };
-    if deployed == id || repository.find_commit(deployed).is_err() {
+    if other == id || repository.find_commit(other).is_err() {
         return Ok(false);
     }
-    Ok(repository.graph_descendant_of(deployed, id)?)
+    Ok(repository.graph_descendant_of(other, id)?)
 }
 
 /// The mirror, made where it is missing, freed of what a killed predecessor left.

@@ -46,10 +46,10 @@ pub enum Job {
     Head,
     /// The full id of a commit of the branch: of its head, or of the commit that these digits begin.
     Resolve { digits: Option<String> },
-    /// Writes the tree of a commit; unless it is older than what is deployed.
+    /// Writes the tree of a commit; unless it is older than one of `newer`.
     Checkout {
         commit: String,
-        deployed: Option<String>,
+        newer: Vec<String>,
         tree: PathBuf,
     },
 }

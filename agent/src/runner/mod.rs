@@ -29,8 +29,8 @@ use crate::stages::{
 use crate::store::{Pin, Store, make_private_dir};
 use transaction::Earlier;
 
-/// A build that kills its agent again and again must not do so for ever.
-const ATTEMPTS_MAX: i64 = 5;
+/// A build that kills its agent again and again in one stage must not do so for ever.
+const LOSSES_MAX: i64 = 3;
 
 /// What every build of this agent shares.
 pub struct Agent {
@@ -121,7 +121,12 @@ async fn run_logged(
     if let Err(error) = writer.await {
         tracing::error!(build = build.id, %error, "the build log's task failed");
     }
-    let Some(ended) = ended else { return Ok(()) };
+    let Some(ended) = ended else {
+        if agent.stopping.is_cancelled() {
+            agent.store.hand_over(&build).await?;
+        }
+        return Ok(());
+    };
     agent
         .store
         .finish(&build, ended.status, ended.outcome, ended.cause.as_ref())
@@ -281,9 +286,9 @@ impl<'a> Line<'a> {
                 );
             }
         }
-        if self.build.attempt > ATTEMPTS_MAX {
+        if self.agent.store.losses(self.build.id).await? >= LOSSES_MAX {
             return Err(StageError::Agent(anyhow::anyhow!(
-                "the agent died {ATTEMPTS_MAX} times while it ran this build; it is not begun again (`landfall rerun {}` does)",
+                "the agent died {LOSSES_MAX} times in this stage; it is not begun again (`landfall rerun {}` does)",
                 self.build.id
             )));
         }
@@ -324,7 +329,11 @@ impl<'a> Line<'a> {
                 }
                 let checked_out = match self.checkout().await? {
                     Checkout::Ready(checked_out) => checked_out,
-                    Checkout::Stale { head } => return Ok(Ended::stale(self.build, &head)),
+                    Checkout::Stale { head } => {
+                        // Its delivery may have come first, and have given way to this one.
+                        self.agent.store.build_after_all(self.build, &head).await?;
+                        return Ok(Ended::stale(self.build, &head));
+                    }
                 };
                 let built = self.image(&checked_out).await?;
                 self.test(&checked_out, &built).await?;
@@ -370,16 +379,16 @@ impl<'a> Line<'a> {
             return Ok(Checkout::Ready(checked_out));
         }
         // A person who asks for a build gets it, older or not.
-        let deployed = match self.build.kind {
-            BuildKind::Push => self.agent.store.deployed(&self.build.environment).await?.0,
-            _ => None,
+        let newer = match self.build.kind {
+            BuildKind::Push => self.agent.store.newer_commits(self.build).await?,
+            _ => Vec::new(),
         };
         let scope = self.scope(&log);
         let done = self
             .journaled(
                 Stage::Checkout,
                 &scope,
-                checkout::run(&scope, &self.agent.exe, deployed.as_deref()),
+                checkout::run(&scope, &self.agent.exe, &newer),
             )
             .await?;
         if let Checkout::Ready(checked_out) = &done {
@@ -608,7 +617,7 @@ impl Ended {
 
     fn stale(build: &Build, head: &str) -> Self {
         let sentence = format!(
-            "stale: commit {} is older than what is deployed, and the head of {} is {}",
+            "stale: commit {} is older than what is deployed or was pushed, and the head of {} is {}",
             short(&build.commit),
             build.branch,
             short(head)

@@ -300,6 +300,8 @@ impl Line<'_> {
 
     async fn aftermath(&self, status: Status, cause: Cause) -> anyhow::Result<Option<Ended>> {
         let store = &self.agent.store;
+        // Who lost the build while it slept has nothing to say of how it ended.
+        store.ensure_held(self.build).await?;
         let ended = |outcome, cause| {
             Some(Ended {
                 status,

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::{CheckedOut, Scope, StageError, StageResult, limited};
 use crate::builds::{Cause, is_commit_id, short};
 use crate::config::Environment;
+use crate::fail_point;
 use crate::git::process::{self, Answer, Job, TreeFacts, Trouble};
 use crate::git::tree;
 use crate::pipeline::{self, Pipeline};
@@ -27,7 +28,7 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 #[derive(Debug, serde::Serialize, serde::Deserialize)]
 pub enum Checkout {
     Ready(CheckedOut),
-    /// What is deployed came after this commit, and the branch's head is another: building it would go backwards.
+    /// A newer commit is deployed or was pushed, and the branch's head is another: building this one would go backwards.
     Stale {
         head: String,
     },
@@ -40,10 +41,11 @@ struct Marker {
     facts: TreeFacts,
 }
 
-/// Checks out the build's commit. `exe` is our own binary (`process::own_exe`), `deployed` the commit that is live.
-pub async fn run(scope: &Scope<'_>, exe: &Path, deployed: Option<&str>) -> StageResult<Checkout> {
+/// Checks out the build's commit. `exe` is our own binary (`process::own_exe`), `newer` commits from which there is no way back
+/// to an ancestor: the one that is deployed, and others that were pushed.
+pub async fn run(scope: &Scope<'_>, exe: &Path, newer: &[String]) -> StageResult<Checkout> {
     let limit = Duration::from_secs(scope.environment.limits.clone_timeout_seconds);
-    limited(scope, "checkout", limit, check_out(scope, exe, deployed)).await
+    limited(scope, "checkout", limit, check_out(scope, exe, newer)).await
 }
 
 /// Whether a finished checkout can be used by the next stage of a resumed build.
@@ -115,7 +117,7 @@ async fn outside_a_build(
     })
 }
 
-async fn check_out(scope: &Scope<'_>, exe: &Path, deployed: Option<&str>) -> StageResult<Checkout> {
+async fn check_out(scope: &Scope<'_>, exe: &Path, newer: &[String]) -> StageResult<Checkout> {
     let commit = &scope.build.commit;
     if !is_commit_id(commit) {
         return Err(anyhow::anyhow!("{commit:?} is not the id of a commit").into());
@@ -128,7 +130,8 @@ async fn check_out(scope: &Scope<'_>, exe: &Path, deployed: Option<&str>) -> Sta
         facts
     } else {
         let half = make_room(scope.work, &tree)?;
-        let answer = fetch(scope, exe, deployed, &half).await;
+        let answer = fetch(scope, exe, newer, &half).await;
+        fail_point::at("checkout: fetched");
         if answer.is_err() {
             // A refused tree may be large, and the build's folder may be kept for a while.
             let _ = remove(&half);
@@ -136,11 +139,12 @@ async fn check_out(scope: &Scope<'_>, exe: &Path, deployed: Option<&str>) -> Sta
         match answer? {
             Answer::Tree(facts) => {
                 keep(&half, &tree, &facts)?;
+                fail_point::at("checkout: tree kept");
                 facts
             }
             Answer::Stale { head } => {
                 scope.log.line(format!(
-                    "commit {} is older than what is deployed, and the branch's head is {}: not built",
+                    "commit {} is older than what is deployed or was pushed, and the branch's head is {}: not built",
                     short(commit),
                     short(&head)
                 ));
@@ -168,7 +172,7 @@ async fn check_out(scope: &Scope<'_>, exe: &Path, deployed: Option<&str>) -> Sta
 async fn fetch(
     scope: &Scope<'_>,
     exe: &Path,
-    deployed: Option<&str>,
+    newer: &[String],
     half: &Path,
 ) -> StageResult<Answer> {
     let environment = scope.environment;
@@ -183,7 +187,7 @@ async fn fetch(
     loop {
         let job = Job::Checkout {
             commit: scope.build.commit.clone(),
-            deployed: deployed.map(str::to_owned),
+            newer: newer.to_owned(),
             tree: half.to_owned(),
         };
         let begun = Instant::now();

@@ -18,6 +18,7 @@ use super::patience::{Trouble, engine, patiently};
 use super::{Built, CheckedOut, Scope, StageError, StageResult, buildkit, limited};
 use crate::docker;
 use crate::docker::registry::{self, Logins};
+use crate::fail_point;
 
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 /// How often another build of the same commit may take the tag between our tagging and our push.
@@ -94,7 +95,9 @@ async fn tag(docker: &Docker, built: &Built) -> Result<(), Trouble> {
     docker
         .tag_image(&built.config_digest, Some(options))
         .await
-        .map_err(|error| Trouble::of(error, format!("cannot tag the image as {}", built.tag)))
+        .map_err(|error| Trouble::of(error, format!("cannot tag the image as {}", built.tag)))?;
+    fail_point::at("image: tagged");
+    Ok(())
 }
 
 async fn push_once(
@@ -117,6 +120,7 @@ async fn push_once(
             scope.log.line(line);
         }
     }
+    fail_point::at("image: pushed");
     digest.ok_or_else(|| Trouble::Away(anyhow!("the push of {} ended without a digest", built.tag)))
 }
 

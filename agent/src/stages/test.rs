@@ -29,6 +29,7 @@ use crate::builds::Cause;
 use crate::config;
 use crate::docker;
 use crate::docker::registry::{self, Logins};
+use crate::fail_point;
 use crate::pipeline::Test;
 
 /// Between an exit and the last look for a program of the container that was killed for memory.
@@ -526,6 +527,7 @@ impl Container {
         }
         let created = created
             .map_err(|error| anyhow!(error).context("cannot create the test's container"))?;
+        fail_point::at("test: container created");
         Ok(Self {
             docker: docker.clone(),
             id: created.id,

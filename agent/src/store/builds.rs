@@ -5,8 +5,12 @@ use sqlx::Row;
 use super::Store;
 use super::dialect::{on, row};
 use crate::builds::{
-    Build, BuildKind, Cause, Outcome, Push, Stage, StageRow, StageStatus, Status, now,
+    Build, BuildKind, Cause, Millis, Outcome, Push, Stage, StageRow, StageStatus, Status, now,
 };
+use crate::fail_point;
+
+/// A push that took the place of another waits so long for the next one of the burst; never one to an idle environment.
+const BURST: Millis = 1000;
 
 /// What is needed to queue a build.
 pub struct NewBuild<'a> {
@@ -36,68 +40,87 @@ impl<'a> NewBuild<'a> {
     }
 }
 
-/// Numbers and inserts a build within a transaction, and ends what it takes the place of: builds of its environment
-/// that wait, or that run and have not begun to deploy. One that a person asked for ends no push, and a build that is
-/// superseded itself ends nothing.
+/// Numbers and inserts a build within a transaction, and ends what it takes the place of.
 macro_rules! insert {
     ($tx:ident, $build:ident, $at:ident) => {{
-        let id: i64 = sqlx::query_scalar("UPDATE counters SET value = value + 1 WHERE name = 'build' RETURNING value")
-            .fetch_one(&mut *$tx)
-            .await?;
-        let overtaken = $build.superseded_by.is_some();
-        if $build.ends_others {
-            sqlx::query(
-                "UPDATE builds SET status = 'superseded', superseded_by = $1, finished_at = $2 \
-                 WHERE environment = $3 AND status = 'queued' AND branch = $4 AND ($5 = 'push' OR kind <> 'push') \
-                 AND kind NOT IN ('undo', 'redo')",
-            )
-            .bind(id)
-            .bind($at)
-            .bind($build.environment)
-            .bind(&$build.push.branch)
-            .bind($build.kind.as_str())
-            .execute(&mut *$tx)
-            .await?;
-            sqlx::query(
-                "UPDATE builds SET superseded_by = $1 \
-                 WHERE environment = $2 AND status = 'running' AND branch = $3 AND NOT deploying AND superseded_by IS NULL \
-                 AND ($4 = 'push' OR kind <> 'push') AND kind NOT IN ('undo', 'redo')",
-            )
-            .bind(id)
-            .bind($build.environment)
-            .bind(&$build.push.branch)
-            .bind($build.kind.as_str())
-            .execute(&mut *$tx)
-            .await?;
-        }
-        sqlx::query(
-            "INSERT INTO builds (id, environment, repository, repository_id, branch, before_commit, commit_id, title, pushed_by, \
-             pushed_at, kind, delivery_id, body_hash, status, outcome, queued_at, finished_at, superseded_by) \
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, 'unchanged', $15, $16, $17)",
+        let id: i64 = sqlx::query_scalar(
+            "UPDATE counters SET value = value + 1 WHERE name = 'build' RETURNING value",
         )
-        .bind(id)
-        .bind($build.environment)
-        .bind(&$build.push.repository)
-        .bind($build.push.repository_id)
-        .bind(&$build.push.branch)
-        .bind(&$build.push.before)
-        .bind(&$build.push.after)
-        .bind(&$build.push.title)
-        .bind(&$build.push.pusher)
-        .bind($build.push.pushed_at)
-        .bind($build.kind.as_str())
-        .bind($build.delivery_id)
-        .bind($build.body_hash)
-        .bind(if overtaken { "superseded" } else { "queued" })
-        .bind($at)
-        .bind(overtaken.then_some($at))
-        .bind($build.superseded_by)
-        .execute(&mut *$tx)
+        .fetch_one(&mut *$tx)
         .await?;
+        if $build.ends_others {
+            $crate::store::builds::end_others!($tx, id, $build, $at);
+        }
+        let build = [(id, $build)];
+        $crate::store::builds::write!($tx, build, $at);
         id
     }};
 }
 pub(super) use insert;
+
+/// Ends what a build takes the place of: builds of its environment that wait, or that run and have not begun to deploy.
+/// One that a person asked for ends no push.
+macro_rules! end_others {
+    ($tx:ident, $id:ident, $build:ident, $at:ident) => {
+        sqlx::query(
+            "UPDATE builds SET status = 'superseded', superseded_by = $1, finished_at = $2 \
+             WHERE environment = $3 AND status = 'queued' AND branch = $4 AND ($5 = 'push' OR kind <> 'push') \
+             AND kind NOT IN ('undo', 'redo')",
+        )
+        .bind($id)
+        .bind($at)
+        .bind($build.environment)
+        .bind(&$build.push.branch)
+        .bind($build.kind.as_str())
+        .execute(&mut *$tx)
+        .await?;
+        sqlx::query(
+            "UPDATE builds SET superseded_by = $1 \
+             WHERE environment = $2 AND status = 'running' AND branch = $3 AND NOT deploying AND superseded_by IS NULL \
+             AND ($4 = 'push' OR kind <> 'push') AND kind NOT IN ('undo', 'redo')",
+        )
+        .bind($id)
+        .bind($build.environment)
+        .bind(&$build.push.branch)
+        .bind($build.kind.as_str())
+        .execute(&mut *$tx)
+        .await?;
+    };
+}
+pub(super) use end_others;
+
+/// Inserts numbered builds, all in one statement: at most 1,000, by the parameters that a statement of SQLite may have.
+macro_rules! write {
+    ($tx:ident, $builds:ident, $at:ident) => {
+        let mut insert = sqlx::QueryBuilder::new(
+            "INSERT INTO builds (id, environment, repository, repository_id, branch, before_commit, commit_id, title, pushed_by, \
+             pushed_at, kind, delivery_id, body_hash, status, outcome, queued_at, finished_at, superseded_by) ",
+        );
+        insert.push_values($builds.iter(), |mut row, (id, build)| {
+            let is_overtaken = build.superseded_by.is_some();
+            row.push_bind(*id)
+                .push_bind(build.environment)
+                .push_bind(&build.push.repository)
+                .push_bind(build.push.repository_id)
+                .push_bind(&build.push.branch)
+                .push_bind(&build.push.before)
+                .push_bind(&build.push.after)
+                .push_bind(&build.push.title)
+                .push_bind(&build.push.pusher)
+                .push_bind(build.push.pushed_at)
+                .push_bind(build.kind.as_str())
+                .push_bind(build.delivery_id)
+                .push_bind(build.body_hash)
+                .push_bind(if is_overtaken { "superseded" } else { "queued" })
+                .push_bind("unchanged")
+                .push_bind($at)
+                .push_bind(is_overtaken.then_some($at))
+                .push_bind(build.superseded_by);
+        });
+        insert.build().execute(&mut *$tx).await?;
+    };
+}
+pub(super) use write;
 
 /// Lets go what an undo holds; a person's own pin stays.
 macro_rules! unpin {
@@ -228,34 +251,45 @@ impl Store {
         let id: Option<i64> = on!(&self.main, pool, BEGIN, lock => {
             let mut tx = pool.begin_with(BEGIN).await?;
             let id: Option<i64> = sqlx::query_scalar(lock!(
-                "SELECT b.id FROM builds b WHERE b.status = 'queued' AND (NOT $1 OR b.kind IN ('undo', 'redo')) AND NOT EXISTS \
+                "SELECT b.id FROM builds b JOIN environments e ON e.name = b.environment \
+                 WHERE b.status = 'queued' AND (NOT $1 OR b.kind IN ('undo', 'redo')) AND NOT EXISTS \
                  (SELECT 1 FROM builds r WHERE r.environment = b.environment AND r.status = 'running') \
-                 ORDER BY CASE WHEN b.kind IN ('undo', 'redo') THEN 0 ELSE 1 END, b.id LIMIT 1"
+                 AND (b.kind <> 'push' OR b.queued_at < $2 OR NOT EXISTS (SELECT 1 FROM builds o WHERE o.superseded_by = b.id)) \
+                 ORDER BY CASE b.kind WHEN 'undo' THEN 0 WHEN 'redo' THEN 0 WHEN 'push' THEN 2 ELSE 1 END, b.id LIMIT 1",
+                " OF e SKIP LOCKED"
             ))
             .bind(only_back)
+            .bind(now() - BURST)
             .fetch_optional(&mut *tx)
             .await?;
-            if let Some(id) = id {
-                take!(tx, id, holder);
-            }
+            // The environment is ours to change now; another agent may have claimed a build of it while we looked.
+            let taken = match id {
+                Some(id) => take!(tx, id, holder, "status = 'queued' AND NOT EXISTS (SELECT 1 FROM builds r \
+                    WHERE r.environment = builds.environment AND r.status = 'running')"),
+                None => false,
+            };
             tx.commit().await?;
-            id
+            id.filter(|_| taken)
         });
         self.taken(id).await
     }
 
-    /// Takes a running build of a dead holder again, with a new fence and one attempt more.
-    pub async fn reclaim(&self, id: i64, holder: &str) -> anyhow::Result<Option<Build>> {
-        on!(&self.main, pool, BEGIN, _lock => {
+    /// Takes a running build of a dead holder again, with a new fence and one attempt more. None where another agent was
+    /// quicker.
+    pub async fn reclaim(&self, build: &Build, holder: &str) -> anyhow::Result<Option<Build>> {
+        let id = build.id;
+        let taken = on!(&self.main, pool, BEGIN, _lock => {
             let mut tx = pool.begin_with(BEGIN).await?;
-            take!(tx, id, holder);
+            let taken = take!(tx, id, holder, "status = 'running' AND fence = $5", build.fence);
             tx.commit().await?;
+            taken
         });
-        self.taken(Some(id)).await
+        self.taken(taken.then_some(id)).await
     }
 
     async fn taken(&self, id: Option<i64>) -> anyhow::Result<Option<Build>> {
         let Some(id) = id else { return Ok(None) };
+        fail_point::at("store: taken");
         self.notify();
         self.build(id).await
     }
@@ -264,6 +298,7 @@ impl Store {
     pub async fn describe(&self, build: &Build, commit: &str, title: &str) -> anyhow::Result<()> {
         on!(&self.main, pool => sqlx::query("UPDATE builds SET commit_id = $3, title = $4 WHERE id = $1 AND fence = $2")
             .bind(build.id).bind(build.fence).bind(commit).bind(title).execute(pool).await?.rows_affected());
+        fail_point::at("store: describe");
         self.notify();
         Ok(())
     }
@@ -271,6 +306,7 @@ impl Store {
     pub async fn set_image(&self, build: &Build, image: &str) -> anyhow::Result<()> {
         on!(&self.main, pool => sqlx::query("UPDATE builds SET image = $3 WHERE id = $1 AND fence = $2")
             .bind(build.id).bind(build.fence).bind(image).execute(pool).await?.rows_affected());
+        fail_point::at("store: set_image");
         Ok(())
     }
 
@@ -282,6 +318,7 @@ impl Store {
                  AND (kind IN ('undo', 'redo') OR NOT EXISTS \
                  (SELECT 1 FROM environments e WHERE e.name = builds.environment AND e.pinned_at IS NOT NULL))")
             .bind(build.id).bind(build.fence).execute(pool).await?.rows_affected());
+        fail_point::at("store: begin_deploying");
         Ok(rows == 1)
     }
 
@@ -306,6 +343,7 @@ impl Store {
         let cause = serde_json::to_string(cause)?;
         on!(&self.main, pool => sqlx::query("UPDATE builds SET cause = $3 WHERE id = $1 AND fence = $2 AND status = 'running'")
             .bind(build.id).bind(build.fence).bind(&cause).execute(pool).await?.rows_affected());
+        fail_point::at("store: set_cause");
         self.notify();
         Ok(())
     }
@@ -314,6 +352,7 @@ impl Store {
     pub async fn set_restored(&self, build: &Build, release_id: i64) -> anyhow::Result<()> {
         on!(&self.main, pool => sqlx::query("UPDATE builds SET restored_release = $3 WHERE id = $1 AND fence = $2")
             .bind(build.id).bind(build.fence).bind(release_id).execute(pool).await?.rows_affected());
+        fail_point::at("store: set_restored");
         Ok(())
     }
 
@@ -334,6 +373,7 @@ impl Store {
             // It did not come about, so that nothing is to be held.
             on!(&self.main, pool => sqlx::query(unpin!()).bind(&build.environment).execute(pool).await?.rows_affected());
         }
+        fail_point::at("store: finish");
         self.notify();
         Ok(rows == 1)
     }
@@ -372,13 +412,12 @@ impl Store {
 
     /// The push behind a build, to queue it anew.
     pub async fn push_of(&self, id: i64) -> anyhow::Result<Option<Push>> {
-        let push = on!(&self.main, pool => sqlx::query(
-                "SELECT repository_id, repository, branch, before_commit, commit_id, pushed_by, title, pushed_at FROM builds WHERE id = $1")
-            .bind(id).fetch_optional(pool).await?.map(|row| -> sqlx::Result<Push> { Ok(Push {
-                repository_id: row.try_get(0)?, repository: row.try_get(1)?, branch: row.try_get(2)?, before: row.try_get(3)?,
-                after: row.try_get(4)?, pusher: row.try_get(5)?, title: row.try_get(6)?, pushed_at: row.try_get(7)?,
-            }) }).transpose()?);
-        Ok(push)
+        Ok(
+            on!(&self.main, pool => match sqlx::query(PUSH_OF).bind(id).fetch_optional(pool).await? {
+                Some(row) => Some(push!(row)),
+                None => None,
+            }),
+        )
     }
 
     /// Writes into the journal that a stage began; one that was begun before begins anew.
@@ -399,6 +438,7 @@ impl Store {
             .bind(build.id).bind(stage.as_str()).bind(ordinal).bind(build.attempt).bind(now()).execute(&mut *tx).await?;
             tx.commit().await?;
         });
+        fail_point::at("store: begin_stage");
         self.notify();
         Ok(())
     }
@@ -411,12 +451,16 @@ impl Store {
         status: StageStatus,
         baton: Option<&str>,
     ) -> anyhow::Result<()> {
-        let rows = on!(&self.main, pool => sqlx::query(
-                "UPDATE stages SET status = $3, done_at = $4, baton = $5 WHERE build_id = $1 AND stage = $2 AND \
-                 EXISTS (SELECT 1 FROM builds WHERE id = $1 AND fence = $6)")
-            .bind(build.id).bind(stage.as_str()).bind(status.as_str()).bind(now()).bind(baton).bind(build.fence)
-            .execute(pool).await?.rows_affected());
-        anyhow::ensure!(rows == 1, "build #{} is no longer ours", build.id);
+        on!(&self.main, pool, BEGIN, _lock => {
+            let mut tx = pool.begin_with(BEGIN).await?;
+            let held = sqlx::query("UPDATE builds SET losses = CASE WHEN $3 THEN 0 ELSE losses END WHERE id = $1 AND fence = $2")
+                .bind(build.id).bind(build.fence).bind(status == StageStatus::Passed).execute(&mut *tx).await?.rows_affected();
+            anyhow::ensure!(held == 1, "build #{} is no longer ours", build.id);
+            sqlx::query("UPDATE stages SET status = $3, done_at = $4, baton = $5 WHERE build_id = $1 AND stage = $2")
+                .bind(build.id).bind(stage.as_str()).bind(status.as_str()).bind(now()).bind(baton).execute(&mut *tx).await?;
+            tx.commit().await?;
+        });
+        fail_point::at("store: end_stage");
         self.notify();
         Ok(())
     }
@@ -453,25 +497,49 @@ impl Store {
     }
 }
 
-/// Makes a build the holder's: running, one attempt more, the environment's next fence.
+pub(super) const PUSH_OF: &str = "SELECT repository_id, repository, branch, before_commit, commit_id, pushed_by, title, pushed_at \
+    FROM builds WHERE id = $1";
+
+/// The push in a row of `PUSH_OF`.
+macro_rules! push {
+    ($row:ident) => {
+        Push {
+            repository_id: $row.try_get(0)?,
+            repository: $row.try_get(1)?,
+            branch: $row.try_get(2)?,
+            before: $row.try_get(3)?,
+            after: $row.try_get(4)?,
+            pusher: $row.try_get(5)?,
+            title: $row.try_get(6)?,
+            pushed_at: $row.try_get(7)?,
+        }
+    };
+}
+pub(super) use push;
+
+/// Makes a build the holder's where `$if` holds: running, one attempt more, the environment's next fence. Whose holder did
+/// not hand it over has lost an agent.
 macro_rules! take {
-    ($tx:ident, $id:ident, $holder:ident) => {{
+    ($tx:ident, $id:ident, $holder:ident, $if:literal $(, $bound:expr)?) => {{
         let fence: i64 = sqlx::query_scalar(
             "UPDATE environments SET fence = fence + 1 WHERE name = (SELECT environment FROM builds WHERE id = $1) RETURNING fence",
         )
         .bind($id)
         .fetch_one(&mut *$tx)
         .await?;
-        sqlx::query(
-            "UPDATE builds SET status = 'running', attempt = attempt + 1, fence = $2, holder = $3, started_at = COALESCE(started_at, $4) \
-             WHERE id = $1",
-        )
+        let taken = sqlx::query(concat!(
+            "UPDATE builds SET status = 'running', attempt = attempt + 1, fence = $2, started_at = COALESCE(started_at, $4), \
+             losses = losses + CASE WHEN holder IS NULL OR holder = $3 THEN 0 ELSE 1 END, holder = $3 \
+             WHERE id = $1 AND ", $if
+        ))
         .bind($id)
         .bind(fence)
         .bind($holder)
         .bind(now())
+        $(.bind($bound))?
         .execute(&mut *$tx)
         .await?;
+        taken.rows_affected() == 1
     }};
 }
 use take;

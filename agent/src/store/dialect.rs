@@ -32,6 +32,11 @@ fn main_migrations() -> Migrator {
             "transaction",
             include_str!("../../migrations/main/0002_transaction.sql"),
         ),
+        migration(
+            3,
+            "agents",
+            include_str!("../../migrations/main/0003_agents.sql"),
+        ),
     ])
 }
 
@@ -83,7 +88,8 @@ pub enum Db {
 }
 
 /// Runs a body of sqlx calls on whichever pool it is. `$begin` is the statement that begins a writing transaction,
-/// `$lock!("SELECT …")` the text with the row lock that claims need.
+/// `$lock!("SELECT …")` the text with a lock on the rows that it finds, waiting for whoever holds them; `$lock!("SELECT …",
+/// " OF e SKIP LOCKED")` passes over those. On SQLite a writing transaction has the whole file to itself.
 macro_rules! on {
     ($db:expr, $pool:ident, $begin:ident, $lock:ident => $body:expr) => {
         match $db {
@@ -95,6 +101,9 @@ macro_rules! on {
                     ($sql:literal) => {
                         $sql
                     };
+                    ($sql:literal, $rows:literal) => {
+                        $sql
+                    };
                 }
                 $body
             }
@@ -104,7 +113,10 @@ macro_rules! on {
                 #[allow(unused_macros, reason = "not every body claims rows")]
                 macro_rules! $lock {
                     ($sql:literal) => {
-                        concat!($sql, " FOR UPDATE SKIP LOCKED")
+                        concat!($sql, " FOR UPDATE")
+                    };
+                    ($sql:literal, $rows:literal) => {
+                        concat!($sql, " FOR UPDATE", $rows)
                     };
                 }
                 $body
@@ -183,6 +195,14 @@ async fn open_sqlite(
     Ok(Db::Sqlite(pool))
 }
 
+/// What SQLite has by itself: a type for bytes, and a clock. Several statements in one text are one transaction, and the lock
+/// lets one agent after the other through.
+const POSTGRES_SPEAKS_SQLITE: &str = "\
+    SELECT pg_advisory_xact_lock(7305); \
+    DO $$ BEGIN CREATE DOMAIN blob AS bytea; EXCEPTION WHEN duplicate_object THEN NULL; END $$; \
+    CREATE OR REPLACE FUNCTION unixepoch(text) RETURNS double precision LANGUAGE sql VOLATILE \
+    AS 'SELECT CAST(EXTRACT(EPOCH FROM clock_timestamp()) AS double precision)'";
+
 async fn open_postgres(url: &str) -> anyhow::Result<Db> {
     let options = PgConnectOptions::from_str(url)
         .context("`database` is not an address like postgres://user@host/name")?;
@@ -191,8 +211,7 @@ async fn open_postgres(url: &str) -> anyhow::Result<Db> {
         .connect_with(options)
         .await
         .context("cannot reach PostgreSQL")?;
-    let domain = "DO $$ BEGIN CREATE DOMAIN blob AS bytea; EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL; END $$";
-    sqlx::raw_sql(domain)
+    sqlx::raw_sql(POSTGRES_SPEAKS_SQLITE)
         .execute(&pool)
         .await
         .context("cannot prepare the PostgreSQL store")?;

@@ -5,6 +5,7 @@ use serde::Serialize;
 use super::dialect::{on, row};
 use super::{NewBuild, Store};
 use crate::builds::{BuildKind, Millis, Push, now};
+use crate::fail_point;
 
 /// What holds an environment at its release.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -97,6 +98,7 @@ impl Store {
     pub async fn set_unsettled(&self, environment: &str, unsettled: bool) -> anyhow::Result<()> {
         on!(&self.main, pool => sqlx::query("UPDATE environments SET unsettled = $2 WHERE name = $1")
             .bind(environment).bind(unsettled).execute(pool).await?.rows_affected());
+        fail_point::at("store: set_unsettled");
         Ok(())
     }
 
@@ -150,6 +152,7 @@ impl Store {
             tx.commit().await?;
             id
         });
+        fail_point::at("store: bring_back");
         self.notify();
         Ok(id)
     }
@@ -212,7 +215,7 @@ mod tests {
             body: Vec::new(),
         };
         store
-            .accept(&delivery, &push(after), &["hello"])
+            .accept(delivery, push(after), &["hello"])
             .await
             .unwrap()[0]
             .build

@@ -3,6 +3,7 @@
 use super::Store;
 use super::dialect::{on, row};
 use crate::builds::{Build, Millis, now};
+use crate::fail_point;
 
 /// A build of which not everything was said.
 #[derive(Debug, Clone)]
@@ -92,6 +93,7 @@ impl Store {
                  ON CONFLICT (build_id) DO UPDATE SET told = COALESCE($2, github_outbox.told), told_at = $3, \
                  tries = CASE WHEN CAST($2 AS TEXT) IS NULL THEN github_outbox.tries + 1 ELSE 0 END, next_at = $4, problem = $5")
             .bind(build_id).bind(told).bind(now()).bind(next_at).bind(problem).execute(pool).await?.rows_affected());
+        fail_point::at("store: note_github");
         Ok(())
     }
 

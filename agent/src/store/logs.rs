@@ -6,6 +6,7 @@ use super::Store;
 use super::dialect::{on, row};
 use crate::build_log::{CHUNK_BYTES_MAX, LogLine};
 use crate::builds::{Millis, Stage};
+use crate::fail_point;
 
 /// A line as it is read back. Numbers begin with 1 and have no gaps.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,6 +44,7 @@ impl Store {
                 .execute(pool).await?.rows_affected());
             next += count;
         }
+        fail_point::at("store: append_log");
         self.notify();
         Ok(next)
     }

@@ -3,6 +3,7 @@
 //! SQLite embedded (two files), or PostgreSQL. Every write of a build's rows carries the fence of its holder, so that
 //! an agent that lost the environment cannot write over its successor.
 
+mod agents;
 mod builds;
 pub mod care;
 mod dialect;
@@ -10,6 +11,7 @@ mod environments;
 mod github;
 mod intake;
 mod logs;
+mod notice;
 mod releases;
 mod seal;
 
@@ -18,12 +20,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 use crate::config::Environment;
 use dialect::{Db, on};
+use notice::Notices;
 use seal::Seal;
 
+pub use agents::{LEASE, RENEW_EVERY};
 pub use seal::Unsealable;
 
 pub use builds::{Filter, NewBuild};
@@ -37,8 +41,10 @@ pub use logs::NumberedLine;
 pub struct Store {
     main: Db,
     logs: Db,
-    /// Grows with every change of builds, stages or logs that this process made: wakes the queue, GitHub and viewers.
-    changed: Arc<watch::Sender<u64>>,
+    /// Word of every change of builds, stages or logs: wakes the queue, GitHub and viewers.
+    notices: Arc<Notices>,
+    /// To the task that stores deliveries in groups.
+    intake: mpsc::Sender<intake::Waiting>,
     seal: Arc<Seal>,
     /// Held as long as the store: a second agent on the same folder is refused.
     _lock: Arc<File>,
@@ -51,11 +57,16 @@ impl Store {
         let seal = Arc::new(Seal::open(data_dir)?);
         let (main, logs) = dialect::open(data_dir, database).await?;
         let is_new_key = seal.is_new;
+        let notices = Notices::new();
+        if let Db::Postgres(pool) = &main {
+            notices.share(pool);
+        }
         let store = Self {
+            intake: intake::start(main.clone(), Arc::clone(&notices)),
             main,
             logs,
             seal,
-            changed: Arc::new(watch::Sender::new(0)),
+            notices,
             _lock: Arc::new(lock),
         };
         if is_new_key && store.has_sealed().await? {
@@ -71,11 +82,11 @@ impl Store {
 
     /// Tells when something changed; the value itself means nothing.
     pub fn watch(&self) -> watch::Receiver<u64> {
-        self.changed.subscribe()
+        self.notices.subscribe()
     }
 
     fn notify(&self) {
-        self.changed.send_modify(|count| *count += 1);
+        self.notices.tell();
     }
 
     /// A row for each environment of agent.yaml.

@@ -9,6 +9,7 @@ use super::builds::unpin;
 use super::dialect::{on, row};
 use super::seal::SEALED;
 use crate::builds::{Build, BuildKind, Millis, now};
+use crate::fail_point;
 use crate::release::{AppliedObject, Change, Evidence, Release};
 
 impl Store {
@@ -34,6 +35,7 @@ impl Store {
             tx.commit().await?;
             id
         });
+        fail_point::at("store: plan_release");
         self.notify();
         Ok(id)
     }
@@ -55,6 +57,7 @@ impl Store {
             insert!(tx, id, build, found, body, "adopted");
             tx.commit().await?;
         });
+        fail_point::at("store: adopt");
         Ok(())
     }
 
@@ -134,6 +137,7 @@ impl Store {
             .bind(&object.name).bind(&object.uid).bind(object.change.as_str()).bind(build.id).bind(build.fence)
             .execute(pool).await?.rows_affected());
         anyhow::ensure!(rows == 1, "build #{} is no longer ours", build.id);
+        fail_point::at("store: record_applied");
         Ok(())
     }
 
@@ -153,6 +157,7 @@ impl Store {
             .bind(build.id).bind(ordinal).bind(&object.api_version).bind(&object.kind).bind(&object.namespace)
             .bind(&object.name).bind(&object.uid).bind(object.change.as_str())
             .execute(pool).await?.rows_affected());
+        fail_point::at("store: record_touched");
         Ok(())
     }
 
@@ -213,6 +218,7 @@ impl Store {
     pub async fn record_removed(&self, uid: &str) -> anyhow::Result<()> {
         on!(&self.main, pool => sqlx::query("UPDATE release_objects SET removed_at = $2 WHERE uid = $1 AND removed_at IS NULL")
             .bind(uid).bind(now()).execute(pool).await?.rows_affected());
+        fail_point::at("store: record_removed");
         Ok(())
     }
 
@@ -261,6 +267,7 @@ impl Store {
                 .bind(&release.environment).bind(&release.commit).execute(&mut *tx).await?;
             tx.commit().await?;
         });
+        fail_point::at("store: release_is_live");
         self.notify();
         Ok(())
     }
@@ -290,6 +297,7 @@ impl Store {
             }
             tx.commit().await?;
         });
+        fail_point::at("store: release_failed");
         Ok(())
     }
 
@@ -316,6 +324,7 @@ impl Store {
             }
             tx.commit().await?;
         });
+        fail_point::at("store: keep_evidence");
         self.notify();
         Ok(())
     }

@@ -113,6 +113,7 @@ impl Agent {
         deployed: Option<&str>,
     ) -> Seen {
         let work = self.work(branch, commit);
+        let newer: Vec<String> = deployed.into_iter().map(str::to_owned).collect();
         let log = BuildLog::new(Masker::default(), 1 << 20, 0);
         let build = build(branch, commit);
         let docker = Docker::default();
@@ -126,7 +127,7 @@ impl Agent {
             log: &stage_log,
             cancel: &self.cancel,
         };
-        let result = checkout::run(&scope, Path::new(EXE), deployed).await;
+        let result = checkout::run(&scope, Path::new(EXE), &newer).await;
         log.close();
         let mut bytes = Vec::new();
         while let Some(lines) = log.drain().await {

@@ -71,6 +71,7 @@ impl Agent {
         tokio::spawn(github::run(
             config,
             self.store.clone(),
+            "me.1".to_owned(),
             self.running.clone(),
         ));
     }

@@ -132,8 +132,7 @@ impl Landfall {
         )
     }
 
-    /// Starts the agent and waits until it is ready.
-    pub async fn run(&mut self) {
+    fn spawn(&mut self, variables: &[(&str, &str)]) {
         let log = fs::File::options()
             .create(true)
             .append(true)
@@ -142,12 +141,64 @@ impl Landfall {
         let child = self
             .command(&["serve", "--config", "agent.yaml"])
             .envs(self.variables.clone())
+            .envs(variables.iter().copied())
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log)
             .spawn()
             .unwrap();
         self.agent = Some(child);
+    }
+
+    /// Starts an agent that these variables may end at any moment.
+    pub fn run_doomed(&mut self, variables: &[(&str, &str)]) {
+        self.spawn(variables);
+    }
+
+    pub fn lives(&mut self) -> bool {
+        let agent = self.agent.as_mut().expect("the agent was started");
+        agent.try_wait().unwrap().is_none()
+    }
+
+    /// Waits until the agent has died by itself; one that lives on is killed. Which of the two it was.
+    pub async fn dies_within(&mut self, limit: Duration) -> bool {
+        let begun = std::time::Instant::now();
+        while self.lives() && begun.elapsed() < limit {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let died = !self.lives();
+        self.kill();
+        died
+    }
+
+    /// At which fail point the agent has ended.
+    pub fn fail_point(&self) -> String {
+        let log = fs::read_to_string(self.path("agent.log")).unwrap();
+        let last = log
+            .lines()
+            .rev()
+            .find_map(|line| line.strip_prefix("ended at fail point "));
+        last.unwrap_or("none that it named").to_owned()
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.agent.as_ref().expect("the agent runs").id()
+    }
+
+    /// What the agent holds in memory now.
+    pub fn resident_bytes(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status
+            .lines()
+            .find(|line| line.starts_with("VmRSS:"))
+            .unwrap();
+        let kib: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+        kib * 1024
+    }
+
+    /// Starts the agent and waits until it is ready.
+    pub async fn run(&mut self) {
+        self.spawn(&[]);
         let ready = self.url("/readyz");
         eventually("the agent is ready", Duration::from_secs(20), async || {
             self.http
@@ -310,6 +361,20 @@ impl Landfall {
             body.into_bytes(),
         )
         .await
+    }
+
+    /// As `deliver`; None where nobody answers.
+    pub async fn try_deliver(&self, payload: &Value) -> Option<(u16, Value)> {
+        let body = payload.to_string();
+        let request = self
+            .http
+            .post(self.url("/webhook"))
+            .header("x-github-event", "push")
+            .header("x-hub-signature-256", sign(SECRET, body.as_bytes()))
+            .header("content-type", "application/json");
+        let answer = request.body(body).send().await.ok()?;
+        let status = answer.status().as_u16();
+        Some((status, answer.json().await.ok()?))
     }
 
     pub async fn post(&self, event: &str, headers: &[(&str, &str)], body: Vec<u8>) -> (u16, Value) {

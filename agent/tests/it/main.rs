@@ -1,5 +1,6 @@
 //! Landfall from outside, on real Docker, a real cluster and real git. `make test` sets up what these need.
 
+mod agents;
 mod checkout;
 mod checkout_ssh;
 mod cli;
@@ -15,16 +16,19 @@ mod image;
 mod landfall;
 mod line;
 mod post_receive;
+mod postgres;
 mod registry_proxy;
 mod sample;
 mod soak;
 mod stand;
 mod standalone;
 mod support;
+mod systemd;
 mod test_stage;
 mod tidy;
 mod traffic;
 mod transaction;
+mod trial;
 mod verdicts;
 mod verify;
 mod yaml;

@@ -5,12 +5,24 @@ use std::process::Command;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use tokio::sync::Mutex;
 
 use crate::landfall::Landfall;
 use crate::support::{eventually, kubeconfig, kubectl, setting};
 
-static NAMESPACE: Mutex<()> = Mutex::const_new(());
+/// Whoever holds it has the namespace and the NodePort: these tests, one after the other, and dev/test-jenkinsfile.
+struct Alone(#[expect(dead_code, reason = "held")] std::fs::File);
+
+impl Alone {
+    async fn wait() -> Self {
+        let waiting = tokio::task::spawn_blocking(|| {
+            let file = std::fs::File::open(kubeconfig()).unwrap();
+            file.lock().unwrap();
+            file
+        });
+        Self(waiting.await.unwrap())
+    }
+}
+
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 
 fn build_number(said: &str) -> i64 {
@@ -59,7 +71,7 @@ async fn passed(landfall: &Landfall, id: i64) -> Value {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_demos_own_line_takes_a_changed_greeting_live() {
-    let _alone = NAMESPACE.lock().await;
+    let _alone = Alone::wait().await;
     let landfall = Landfall::start_sample().await;
     landfall.hook();
     let said = landfall.push_to_hook(&[]);
@@ -155,7 +167,7 @@ async fn numbers_are_real(applied: std::time::Instant) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn jenkins_and_the_agent_can_take_turns() {
-    let _alone = NAMESPACE.lock().await;
+    let _alone = Alone::wait().await;
     let landfall = Landfall::start_sample().await;
     landfall.hook();
     let first = passed(&landfall, build_number(&landfall.push_to_hook(&[]))).await;

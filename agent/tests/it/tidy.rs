@@ -35,7 +35,7 @@ const PURE: [&str; 26] = [
     "stages/failed_tests",
     "stages/steps",
 ];
-const DOES_IO: [&str; 19] = [
+const DOES_IO: [&str; 20] = [
     "api",
     "build_log",
     "cli",
@@ -45,6 +45,7 @@ const DOES_IO: [&str; 19] = [
     "config::load",
     "dashboard",
     "docker",
+    "fail_point",
     "git",
     "github",
     "manifests::files",

@@ -1,0 +1,141 @@
+//! The load of `make bench`: signed push deliveries over kept connections, every body another. Prints one line of JSON.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use clap::Parser;
+use hmac::{Hmac, KeyInit, Mac};
+use serde_json::json;
+use sha2::Sha256;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+
+/// Posts signed push deliveries for a while, and tells how many were answered and how fast.
+#[derive(Parser, Clone)]
+struct Arguments {
+    /// Where the server listens.
+    #[arg(long)]
+    address: SocketAddr,
+    #[arg(long, default_value = "/webhook")]
+    path: String,
+    /// File with the webhook's secret.
+    #[arg(long)]
+    secret: std::path::PathBuf,
+    #[arg(long)]
+    repository: String,
+    #[arg(long)]
+    branch: String,
+    #[arg(long, default_value_t = 50)]
+    connections: u64,
+    #[arg(long, default_value_t = 5)]
+    seconds: u32,
+    /// The status that counts.
+    #[arg(long, default_value_t = 202)]
+    status: u16,
+}
+
+/// About what GitHub sends for a push of one commit.
+const BODY_BYTES: usize = 7_190;
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    let secret = std::fs::read_to_string(&arguments.secret)?;
+    let end = Instant::now() + Duration::from_secs(arguments.seconds.into());
+    let mut connections = JoinSet::new();
+    for number in 0..arguments.connections {
+        let (arguments, secret) = (arguments.clone(), secret.trim().to_owned());
+        connections.spawn(async move { post(&arguments, &secret, number, end).await });
+    }
+    let mut took = Vec::new();
+    for answers in connections.join_all().await {
+        took.extend(answers?);
+    }
+    took.sort();
+    let at = |percent: usize| {
+        took.get(took.len() * percent / 100)
+            .map_or(0.0, |it: &Duration| it.as_secs_f64() * 1e3)
+    };
+    println!(
+        "{}",
+        json!({"answers": took.len(), "per_second": f64::from(u32::try_from(took.len())?) / f64::from(arguments.seconds), "p50_ms": at(50), "p99_ms": at(99)})
+    );
+    Ok(())
+}
+
+/// One kept connection, one delivery after the other; how long each answer took.
+async fn post(
+    arguments: &Arguments,
+    secret: &str,
+    connection: u64,
+    end: Instant,
+) -> anyhow::Result<Vec<Duration>> {
+    let mut stream = TcpStream::connect(arguments.address).await?;
+    stream.set_nodelay(true)?;
+    let (mut took, mut buffer) = (Vec::new(), Vec::new());
+    let started = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)?
+        .as_nanos();
+    for number in 0_u64.. {
+        if Instant::now() >= end {
+            break;
+        }
+        let after = format!(
+            "{:016x}{connection:08x}{number:016x}",
+            started & u128::from(u64::MAX)
+        );
+        let request = request(arguments, secret, &after)?;
+        let begun = Instant::now();
+        stream.write_all(&request).await?;
+        let status = answer(&mut stream, &mut buffer).await?;
+        anyhow::ensure!(
+            status == arguments.status,
+            "answered {status} in place of {}",
+            arguments.status
+        );
+        took.push(begun.elapsed());
+    }
+    Ok(took)
+}
+
+fn request(arguments: &Arguments, secret: &str, after: &str) -> anyhow::Result<Vec<u8>> {
+    let mut payload = json!({
+        "ref": format!("refs/heads/{}", arguments.branch), "before": "0".repeat(40), "after": after, "deleted": false,
+        "repository": {"id": 1, "full_name": arguments.repository}, "pusher": {"name": "mona"},
+        "head_commit": {"id": after, "message": "Change the greeting"}, "padding": "",
+    });
+    let missing = BODY_BYTES.saturating_sub(payload.to_string().len());
+    payload["padding"] = "x".repeat(missing).into();
+    let body = payload.to_string();
+    let mut mac = Hmac::<Sha256>::new_from_slice(secret.as_bytes())?;
+    mac.update(body.as_bytes());
+    let signature = hex::encode(mac.finalize().into_bytes());
+    let request = format!(
+        "POST {} HTTP/1.1\r\nhost: {}\r\ncontent-type: application/json\r\nx-github-event: push\r\nx-github-delivery: {after}\r\n\
+         x-hub-signature-256: sha256={signature}\r\ncontent-length: {}\r\n\r\n{body}",
+        arguments.path,
+        arguments.address,
+        body.len()
+    );
+    Ok(request.into_bytes())
+}
+
+/// Reads one answer to its end; its status.
+async fn answer(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> anyhow::Result<u16> {
+    buffer.clear();
+    loop {
+        if let Some(head) = buffer.windows(4).position(|window| window == b"\r\n\r\n") {
+            let text = std::str::from_utf8(&buffer[..head])?.to_ascii_lowercase();
+            let length = text
+                .split_once("content-length: ")
+                .map_or("0", |(_, rest)| rest.split("\r\n").next().unwrap_or("0"));
+            if buffer.len() >= head + 4 + length.parse::<usize>()? {
+                return Ok(text.get(9..12).context("no status")?.parse()?);
+            }
+        }
+        let read = stream.read_buf(buffer).await?;
+        anyhow::ensure!(read > 0, "the connection was closed");
+    }
+}

@@ -1,0 +1,292 @@
+//! Several agents on one PostgreSQL: each build is one agent's, and what a dead or frozen one leaves, another takes.
+
+use std::collections::HashSet;
+use std::fs;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use landfall::builds::{BuildKind, Outcome, Push, Status};
+use landfall::config::Environment;
+use landfall::store::{Filter, Store};
+use serde_json::Value;
+
+use crate::landfall::{BUILD_LIMIT, Landfall, free_port, is_terminal};
+use crate::postgres::Postgres;
+use crate::support::eventually;
+
+/// Takes long to be ready, so that there is time to do something to its agent.
+const SLOW: &str = "sleep 8\nexec httpd -f -p 5000 -h /www\n";
+
+/// A second agent beside the first, on a folder and a port of its own.
+struct Second {
+    agent: Child,
+    port: u16,
+}
+
+impl Second {
+    async fn start(landfall: &Landfall) -> Self {
+        let port = free_port();
+        let first = fs::read_to_string(landfall.path("agent.yaml")).unwrap();
+        let listen = first
+            .lines()
+            .find(|line| line.starts_with("listen:"))
+            .unwrap();
+        let second = first
+            .replace(listen, &format!("listen: 127.0.0.1:{port}"))
+            .replace("data_dir: data\n", "data_dir: data-two\n");
+        fs::write(landfall.path("agent-two.yaml"), second).unwrap();
+        let log = fs::File::create(landfall.path("agent-two.log")).unwrap();
+        let agent = landfall
+            .command(&["serve", "--config", "agent-two.yaml"])
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        let second = Self { agent, port };
+        let ready = async || second.get("/readyz").await.map(drop);
+        eventually("the second agent is ready", Duration::from_secs(20), ready).await;
+        second
+    }
+
+    async fn get(&self, path: &str) -> Option<String> {
+        let url = format!("http://127.0.0.1:{}{path}", self.port);
+        let answer = reqwest::get(url).await.ok()?;
+        answer.error_for_status().ok()?.text().await.ok()
+    }
+
+    async fn build(&self, id: i64) -> Option<Value> {
+        serde_json::from_str(&self.get(&format!("/api/builds/{id}")).await?).ok()
+    }
+}
+
+impl Drop for Second {
+    fn drop(&mut self) {
+        let _ = self.agent.kill();
+        let _ = self.agent.wait();
+    }
+}
+
+fn signal(name: &str, pid: u32) {
+    let sent = Command::new("kill").args([name, &pid.to_string()]).status();
+    assert!(sent.unwrap().success());
+}
+
+async fn on_postgres(name: &str) -> (Postgres, Landfall) {
+    let postgres = Postgres::start().await;
+    let mut landfall = Landfall::start(name).await;
+    let database = format!("database: \"{}\"\nenvironments:", postgres.url());
+    landfall.restart("environments:", &database, &[]).await;
+    (postgres, landfall)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn p5_a_frozen_agent_is_taken_over_and_writes_nothing_when_it_wakes() {
+    let (_postgres, mut landfall) = on_postgres("frozen").await;
+    let second = Second::start(&landfall).await;
+    let first_release = landfall.push(&[]).await;
+    assert_eq!(landfall.end(first_release).await["outcome"], "live");
+
+    let id = landfall.push(&[("start.sh", SLOW)]).await;
+    // Either may have claimed it; the one that did is frozen.
+    landfall.reach(id, "verify").await;
+    let own_log = fs::read_to_string(landfall.path("agent.log")).unwrap();
+    let is_ours = own_log.contains(&format!("build={id} environment"));
+    let frozen = if is_ours {
+        landfall.pid()
+    } else {
+        second.agent.id()
+    };
+    signal("-STOP", frozen);
+    let begun = Instant::now();
+    let build = async || match is_ours {
+        true => second.build(id).await,
+        false => Some(landfall.build(id).await),
+    };
+    let taken = async || build().await.filter(|build| build["attempt"] == 2);
+    eventually(
+        "another agent takes the build",
+        Duration::from_secs(30),
+        taken,
+    )
+    .await;
+    println!("taken over after {:.1} s", begun.elapsed().as_secs_f64());
+    let ended = async || build().await.filter(is_terminal);
+    let ended = eventually("the build ends", BUILD_LIMIT, ended).await;
+    assert_eq!(
+        (&ended["status"], &ended["outcome"]),
+        (&"passed".into(), &"live".into()),
+        "{ended}"
+    );
+
+    let log_of_frozen = landfall.path(if is_ours {
+        "agent.log"
+    } else {
+        "agent-two.log"
+    });
+    signal("-CONT", frozen);
+    let refused = format!("build #{id} is no longer ours");
+    let said = async || {
+        fs::read_to_string(&log_of_frozen)
+            .unwrap()
+            .contains(&refused)
+            .then_some(())
+    };
+    eventually(
+        "the agent that wakes is refused",
+        Duration::from_secs(60),
+        said,
+    )
+    .await;
+    assert_eq!(
+        build().await.unwrap(),
+        ended,
+        "a terminal status never changes"
+    );
+
+    // Both go on.
+    let next = landfall
+        .push(&[("start.sh", "exec httpd -f -p 5000 -h /www\n")])
+        .await;
+    let next = landfall.end(next).await;
+    assert_eq!(
+        (&next["status"], &next["outcome"]),
+        (&"passed".into(), &"live".into()),
+        "{next}"
+    );
+    let log = landfall.log(id).await;
+    assert!(
+        !log.contains("applied again first"),
+        "it left the environment unsettled:\n{log}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_log_of_a_build_is_live_on_the_other_agents_page() {
+    let (_postgres, mut landfall) = on_postgres("seen").await;
+    let id = landfall.push(&[("start.sh", SLOW)]).await;
+    landfall.reach(id, "verify").await;
+    let second = Second::start(&landfall).await;
+    let url = format!("http://127.0.0.1:{}/api/builds/{id}/log/live", second.port);
+    let mut live = reqwest::get(url).await.unwrap();
+    let mut events = String::new();
+    while let Some(bytes) = live.chunk().await.unwrap() {
+        events.push_str(&String::from_utf8_lossy(&bytes));
+    }
+    let lines = landfall.log(id).await.lines().count();
+    let sent = events
+        .lines()
+        .filter(|line| line.starts_with("id:"))
+        .count();
+    assert_eq!(sent, lines, "{events}");
+    assert!(
+        events.contains("event: end") || events.contains("event:end"),
+        "{events}"
+    );
+    assert_eq!(landfall.end(id).await["status"], "passed");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_database_that_crashes_is_waited_for() {
+    let (mut postgres, mut landfall) = on_postgres("db-crash").await;
+    let id = landfall.push(&[("start.sh", SLOW)]).await;
+    landfall.reach(id, "verify").await;
+    postgres.crash(Duration::from_secs(3)).await;
+    let ended = async || {
+        let answer = landfall.request(reqwest::Method::GET, &format!("/api/builds/{id}"));
+        let build: Value = answer.send().await.ok()?.json().await.ok()?;
+        (build["status"].is_string() && is_terminal(&build)).then_some(build)
+    };
+    let build = eventually("the build ends", BUILD_LIMIT, ended).await;
+    assert_eq!(
+        (&build["status"], &build["outcome"]),
+        (&"passed".into(), &"live".into()),
+        "{build}"
+    );
+}
+
+fn push(branch: &str) -> Push {
+    Push {
+        repository_id: None,
+        repository: "acme/hello".to_owned(),
+        branch: branch.to_owned(),
+        before: String::new(),
+        after: "a".to_owned(),
+        pusher: String::new(),
+        title: String::new(),
+        pushed_at: None,
+    }
+}
+
+/// CLAIM_BUILDS builds, default 400, of ten environments.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn eight_agents_run_each_build_once_and_one_at_a_time_in_an_environment() {
+    const AGENTS: usize = 8;
+    let postgres = Postgres::start().await;
+    let builds = crate::soak::number("CLAIM_BUILDS", 400);
+    let folder = tempfile::tempdir().unwrap();
+    // All at once, on an empty database: each finds or makes the tables.
+    let mut opening = tokio::task::JoinSet::new();
+    for agent in 0..AGENTS {
+        let (data, url) = (folder.path().join(agent.to_string()), postgres.url());
+        opening.spawn(async move { Store::open(&data, Some(&url)).await.unwrap() });
+    }
+    let stores = opening.join_all().await;
+    let names: Vec<String> = (0..10).map(|number| format!("e{number}")).collect();
+    let environment = |name: &String| Environment::of_person(name, None, None, name.clone());
+    let environments: Vec<_> = names.iter().map(environment).collect();
+    stores[0].ensure_environments(&environments).await.unwrap();
+    for number in 0..builds {
+        // A branch each, so that none takes the place of another.
+        let push = push(&format!("b{number}"));
+        stores[0]
+            .enqueue(&names[number % names.len()], &push, BuildKind::Manual)
+            .await
+            .unwrap();
+    }
+    let mut agents = tokio::task::JoinSet::new();
+    for (number, store) in stores.iter().cloned().enumerate() {
+        agents.spawn(async move {
+            let (holder, mut ran, mut took) = (format!("{number}.x"), Vec::new(), Duration::ZERO);
+            store.renew(&holder).await.unwrap();
+            loop {
+                let begun = Instant::now();
+                let claimed = store.claim(&holder, false).await.unwrap();
+                took = took.max(begun.elapsed());
+                let Some(build) = claimed else {
+                    let counts = store.count_by_status().await.unwrap();
+                    if !counts.iter().any(|(status, _)| *status == Status::Queued) {
+                        return ran;
+                    }
+                    continue;
+                };
+                let running = store.running().await.unwrap();
+                let here = running
+                    .iter()
+                    .filter(|one| one.environment == build.environment);
+                assert_eq!(here.count(), 1, "{}", build.environment);
+                assert!(
+                    store
+                        .finish(&build, Status::Passed, Outcome::Live, None)
+                        .await
+                        .unwrap()
+                );
+                ran.push(build.id);
+            }
+        });
+    }
+    let ran: Vec<i64> = agents.join_all().await.into_iter().flatten().collect();
+    let once: HashSet<i64> = ran.iter().copied().collect();
+    assert_eq!((ran.len(), once.len()), (builds, builds));
+    let all = stores[0]
+        .builds(&Filter {
+            limit: Some(200),
+            ..Filter::default()
+        })
+        .await
+        .unwrap();
+    assert!(
+        all.iter()
+            .all(|build| build.attempt == 1 && build.status == Status::Passed)
+    );
+}
