@@ -29,5 +29,5 @@ bench: ## measures a release build against a shell script and fixed goals; not w
 bench-verdict: ## measures how soon a broken rollout is told, beside kubectl; not while tests run
 	@dev/bench-verdict
 
-soak: ## 300 verdicts, 100 releases under load: about an hour, figures in dev/soak.json
-	@dev/soak
+soak: ## 300 verdicts, 100 releases under load, thousands of kills: long, figures in dev/soak.json; SECONDS=600: kills alone
+	@dev/soak $(if $(SECONDS),--seconds $(SECONDS))

@@ -58,6 +58,9 @@ pub struct Config {
     /// How often each branch's head is compared with the last push that was accepted; 0: never.
     #[serde(default = "reconcile_seconds")]
     pub reconcile_seconds: u64,
+    /// Builds of all environments that one agent runs at a time; an undo or redo is never kept waiting.
+    #[serde(default = "builds_at_once")]
+    pub builds_at_once: usize,
     /// No build begins while the disk of `data_dir` has less than this free.
     #[serde(default = "min_free_bytes")]
     pub min_free_bytes: u64,
@@ -137,6 +140,8 @@ pub struct Retention {
     pub log_days: u64,
     /// Of all builds together; the oldest go first.
     pub log_bytes: u64,
+    /// The newest images of each repository that stay on the engine; the registry's are its own affair.
+    pub images: usize,
 }
 
 impl Default for Retention {
@@ -144,6 +149,7 @@ impl Default for Retention {
         Self {
             log_days: 90,
             log_bytes: 10 << 30,
+            images: 10,
         }
     }
 }
@@ -470,6 +476,10 @@ impl Config {
             "`listen: {}` can be reached from outside: say who may read with `read_access: token` or `read_access: public`",
             self.listen
         );
+        anyhow::ensure!(
+            self.builds_at_once > 0,
+            "`builds_at_once: 0` would build nothing: say 1 or more"
+        );
         let (mut names, mut places) = (HashSet::new(), HashSet::new());
         for environment in &self.environments {
             environment
@@ -681,6 +691,9 @@ fn listen() -> SocketAddr {
 }
 fn min_free_bytes() -> u64 {
     1 << 30
+}
+fn builds_at_once() -> usize {
+    4
 }
 fn reconcile_seconds() -> u64 {
     60

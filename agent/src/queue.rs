@@ -19,6 +19,8 @@ use crate::store::{LEASE, RENEW_EVERY};
 const POLL_EVERY: Duration = Duration::from_secs(1);
 /// An agent whose last word is as old as this stops what it runs: another may begin to take it over.
 const SILENCE_MAX: Duration = Duration::from_secs(LEASE.as_secs() * 2 / 3);
+/// A store that does not answer must not keep the queue from hearing that the agent stops, or that it is silent.
+const TURN_MAX: Duration = Duration::from_secs(10);
 /// Between an end that could not be written and the next try.
 const RESUME_PAUSE: Duration = Duration::from_secs(5);
 /// How long the builds may take to reach a place from which the next agent can go on.
@@ -36,7 +38,13 @@ pub async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
     };
     let mut changes = working.agent.store.watch();
     while !shutdown.is_cancelled() {
-        if let Err(error) = working.turn().await {
+        let turn = tokio::select! {
+            () = shutdown.cancelled() => break,
+            // What is claimed and not begun is ours all the same, and resumed.
+            turn = tokio::time::timeout(TURN_MAX, working.turn()) => turn,
+        };
+        let turn = turn.unwrap_or_else(|_| Err(anyhow::anyhow!("the store does not answer")));
+        if let Err(error) = turn {
             tracing::error!(error = format!("{error:#}"), "the queue cannot work");
         }
         working.stop_if_silent();
@@ -65,15 +73,18 @@ impl Working {
     /// Says that we are alive. Who cannot say so works no longer: its builds are another agent's before long.
     async fn renew(&mut self) -> anyhow::Result<()> {
         if self.renewed.is_none_or(|at| at.elapsed() >= RENEW_EVERY) {
-            let begun = Instant::now();
-            self.agent.store.renew(&self.agent.holder).await?;
+            let (begun, agent) = (Instant::now(), &self.agent);
+            let tells_github = agent.config.github.token.is_some();
+            let renewed = agent.store.renew(&agent.holder, tells_github);
+            tokio::time::timeout(RENEW_EVERY, renewed).await??;
             self.renewed = Some(begun);
         }
         Ok(())
     }
 
     fn stop_if_silent(&self) {
-        let is_silent = self.renewed.is_none_or(|at| at.elapsed() > SILENCE_MAX);
+        let is_silent = !self.agent.store.is_alone()
+            && self.renewed.is_none_or(|at| at.elapsed() > SILENCE_MAX);
         if is_silent && !self.builds.is_empty() {
             tracing::error!(
                 "the store has not heard of us in time: builds are left to another agent"
@@ -87,7 +98,10 @@ impl Working {
     /// Builds that no task of ours runs: their agent died, or could not write how they ended.
     async fn resume(&mut self) -> anyhow::Result<()> {
         for build in self.agent.store.abandoned(&self.agent.holder).await? {
+            // What may stand half applied goes on at once, however much there is to do.
+            let is_full = self.builds.len() >= self.agent.config.builds_at_once;
             if self.builds.contains_key(&build.id)
+                || is_full && build.release_id.is_none()
                 || self
                     .resting
                     .get(&build.id)
@@ -115,13 +129,14 @@ impl Working {
             }
         }
         // Without room nothing is built; a release that served before is brought back all the same.
-        let only_back = !self.has_room();
-        while let Some(build) = self
-            .agent
-            .store
-            .claim(&self.agent.holder, only_back)
-            .await?
-        {
+        let has_room = self.has_room();
+        let at_once = self.agent.config.builds_at_once;
+        loop {
+            let only_back = !has_room || self.builds.len() >= at_once;
+            let (store, holder) = (&self.agent.store, &self.agent.holder);
+            let Some(build) = store.claim(holder, only_back).await? else {
+                return Ok(());
+            };
             tracing::info!(
                 build = build.id,
                 environment = build.environment,
@@ -130,7 +145,6 @@ impl Working {
             );
             self.start(build);
         }
-        Ok(())
     }
 
     /// Whether the disk has room for another build; said once each time that this changes.

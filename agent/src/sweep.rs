@@ -1,7 +1,7 @@
 //! Sweep: what nobody owns any more is taken away, at start and every minute.
 //!
 //! Work folders, test containers and test images of builds that do not run; mirrors of repositories that agent.yaml names no
-//! more; logs past their age or their sum. Nothing is touched that this agent did not make: names and labels say so.
+//! more; logs past their age or their sum; images of ours beyond the newest. Nothing is touched that this agent did not make: names and labels say so.
 
 use std::collections::HashSet;
 use std::ffi::OsString;
@@ -14,11 +14,11 @@ use tokio_util::sync::CancellationToken;
 use crate::builds::{Millis, now};
 use crate::git::process::mirror_of;
 use crate::runner::Agent;
-use crate::stages::test;
+use crate::stages::{image, test};
 
 const EVERY: Duration = Duration::from_secs(60);
-/// To add up what all logs take is not for every turn.
-const LOGS_EVERY: u64 = 60;
+/// To add up what all logs and images take is not for every turn.
+const THOROUGH_EVERY: u64 = 60;
 /// Engines answer slowly while they build.
 const ENGINE_MAX: Duration = Duration::from_secs(60);
 const DAY: Millis = 24 * 60 * 60 * 1000;
@@ -28,7 +28,7 @@ pub async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
     for turn in 0_u64.. {
         tokio::select! {
             () = shutdown.cancelled() => return,
-            () = sweep(&agent, turn.is_multiple_of(LOGS_EVERY)) => {}
+            () = sweep(&agent, turn.is_multiple_of(THOROUGH_EVERY)) => {}
         }
         tokio::select! {
             () = shutdown.cancelled() => return,
@@ -37,11 +37,12 @@ pub async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
     }
 }
 
-async fn sweep(agent: &Agent, logs_too: bool) {
+async fn sweep(agent: &Agent, is_thorough: bool) {
     report("work folders", work_folders(agent).await);
     report("containers and images of tests", engine(agent).await);
     report("mirrors", mirrors(agent).await);
-    if logs_too {
+    if is_thorough {
+        report("images", images(agent).await);
         report("logs", logs(agent).await);
     }
 }
@@ -117,6 +118,17 @@ async fn remove_folders(folders: impl Iterator<Item = PathBuf>) -> anyhow::Resul
         }
     }
     first.map(|()| removed)
+}
+
+/// At least one stays, whatever agent.yaml says: a build that runs may need it.
+async fn images(agent: &Agent) -> anyhow::Result<usize> {
+    let kept = agent.config.retention.images.max(1);
+    let mut removed = 0;
+    for environment in &agent.config.environments {
+        let asked = image::remove_old(&agent.config.docker, environment, kept);
+        removed += tokio::time::timeout(ENGINE_MAX, asked).await??;
+    }
+    Ok(removed)
 }
 
 async fn logs(agent: &Agent) -> anyhow::Result<usize> {

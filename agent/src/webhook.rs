@@ -72,7 +72,7 @@ async fn take(app: &App, request: Request<Body>) -> Result<Response, Rejection> 
     }
     // Nobody who has no signature at all is read.
     signature(&parts.headers).ok_or(Rejection::Signature)?;
-    let (body, _in_flight) = read(&parts.headers, body).await?;
+    let (body, in_flight) = read(&parts.headers, body).await?;
     let environments = signed_for(&parts.headers, &body, &app.config.environments)?;
     let event = header_text(&parts.headers, "x-github-event");
     let push = match meaning(&event, &parts.headers, &body)? {
@@ -95,13 +95,16 @@ async fn take(app: &App, request: Request<Body>) -> Result<Response, Rejection> 
     let (guid, after) = (&delivery.guid, &push.after);
     let (repository, branch) = (&push.repository, &push.branch);
     let span = tracing::info_span!("push", guid, repository, branch, after);
-    let builds = tokio::time::timeout(STORE_TIMEOUT, app.store.accept(delivery, push, &takers))
-        .await
-        .map_err(|_| Rejection::NotStored)?
-        .map_err(|error| {
-            tracing::error!(error = format!("{error:#}"), "cannot store a delivery");
-            Rejection::NotStored
-        })?;
+    let builds = tokio::time::timeout(
+        STORE_TIMEOUT,
+        app.store.accept(delivery, push, &takers, in_flight),
+    )
+    .await
+    .map_err(|_| Rejection::NotStored)?
+    .map_err(|error| {
+        tracing::error!(error = format!("{error:#}"), "cannot store a delivery");
+        Rejection::NotStored
+    })?;
     span.in_scope(|| tracing::info!(?builds, "accepted"));
     Ok((StatusCode::ACCEPTED, Json(json!({ "builds": builds }))).into_response())
 }

@@ -1,4 +1,4 @@
-//! `landfall backup`, `landfall restore` and `landfall db check`: care of the embedded store, without a server.
+//! `landfall backup`, `landfall restore`, `landfall db check` and `db move`: care of the embedded store, without a server.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 
 use super::terminal::say;
 use crate::config::{AGENT_YAML, Config};
-use crate::store::care;
+use crate::store::{care, relocate};
 
 /// Copy the store into a new folder, while the agent works
 #[derive(Debug, Args)]
@@ -47,6 +47,14 @@ pub struct DbArguments {
 enum DbCommand {
     /// Read both files from end to end, and say whether they are whole; the agent may run
     Check {
+        #[command(flatten)]
+        place: StoreArguments,
+    },
+    /// Copy the SQLite store of `data_dir` to the PostgreSQL that `database` names; the agent must be stopped
+    #[command(
+        after_help = "Examples:\n  landfall db move\n\nFirst write `database: postgres://…` into agent.yaml, then stop the agent, move, and start it. The files stay as they are."
+    )]
+    Move {
         #[command(flatten)]
         place: StoreArguments,
     },
@@ -94,9 +102,25 @@ pub async fn restore(arguments: &RestoreArguments) -> anyhow::Result<ExitCode> {
 }
 
 pub async fn db(arguments: &DbArguments) -> anyhow::Result<ExitCode> {
-    let DbCommand::Check { place } = &arguments.command;
-    let data_dir = place.data_dir()?;
-    care::check(&data_dir).await?;
-    say!("the store in {} is whole", data_dir.display());
+    match &arguments.command {
+        DbCommand::Check { place } => {
+            let data_dir = place.data_dir()?;
+            care::check(&data_dir).await?;
+            say!("the store in {} is whole", data_dir.display());
+        }
+        DbCommand::Move { place } => {
+            let config = Config::load(&place.config)?;
+            let database = config.database.as_ref().map(crate::config::Secret::expose);
+            let Some(url) = database.filter(|database| *database != "sqlite") else {
+                anyhow::bail!(
+                    "{} names no PostgreSQL: write `database: postgres://user@host/name` into it first",
+                    place.config.display()
+                );
+            };
+            let rows = relocate::relocate(&config.data_dir, url).await?;
+            let from = config.data_dir.display();
+            say!("{rows} rows of {from} are in PostgreSQL; the agent can start");
+        }
+    }
     Ok(ExitCode::SUCCESS)
 }

@@ -125,6 +125,12 @@ impl Serving {
             agent.holder.clone(),
             shutdown.clone(),
         ));
+        let deliveries = tokio::spawn(github::deliveries::run(
+            Arc::clone(&app.config),
+            app.store.clone(),
+            agent.holder.clone(),
+            shutdown.clone(),
+        ));
         let reconciler = tokio::spawn(reconcile::run(Arc::clone(&agent), shutdown.clone()));
         let sweeper = tokio::spawn(sweep::run(Arc::clone(&agent), shutdown.clone()));
         let queue = tokio::spawn(queue::run(agent, shutdown.clone()));
@@ -141,6 +147,7 @@ impl Serving {
                 let _ = webhook.await;
             }
             let _ = github.await;
+            let _ = deliveries.await;
             let _ = reconciler.await;
             let _ = sweeper.await;
             let _ = systemd.await;

@@ -31,6 +31,8 @@ use transaction::Earlier;
 
 /// A build that kills its agent again and again in one stage must not do so for ever.
 const LOSSES_MAX: i64 = 3;
+/// Nor one that does it in several.
+const ATTEMPTS_MAX: i64 = 20;
 
 /// What every build of this agent shares.
 pub struct Agent {
@@ -84,7 +86,7 @@ async fn run_logged(
         .map_or(1 << 30, |environment| environment.limits.log_bytes);
     let masker = Masker::new(agent.config.secrets());
     let log = BuildLog::new(masker, limit, bytes);
-    let writer = write_log(agent.store.clone(), build.id, log.clone(), next);
+    let writer = write_log(agent.store.clone(), build.clone(), log.clone(), next);
 
     let ended = match agent.config.environment(&build.environment) {
         Some(environment) => match name_commit(agent, environment, &mut build).await {
@@ -95,13 +97,7 @@ async fn run_logged(
             }
             Err(error) => Some(Ended::errored(&error)),
         },
-        None => Some(Ended::failed(Cause::new(
-            "no_environment",
-            format!(
-                "agent.yaml has no environment {:?} any more",
-                build.environment
-            ),
-        ))),
+        None => Some(without_environment(agent, &build).await?),
     };
 
     let shown = log.stage(Stage::Checkout);
@@ -136,6 +132,23 @@ async fn run_logged(
     Ok(())
 }
 
+/// Nobody can say what it did to a cluster that is not known any more.
+async fn without_environment(agent: &Agent, build: &Build) -> anyhow::Result<Ended> {
+    let name = &build.environment;
+    let sentence = format!("agent.yaml has no environment {name:?} any more");
+    let cause = Cause::new("no_environment", sentence);
+    if build.release_id.is_none() {
+        return Ok(Ended::failed(cause));
+    }
+    agent.store.ensure_held(build).await?;
+    agent.store.set_unsettled(name, true).await?;
+    Ok(Ended {
+        status: Status::Errored,
+        outcome: Outcome::Unknown,
+        cause: Some(cause),
+    })
+}
+
 /// A cause is shown on pages and told to GitHub: no secret may be in it, whoever wrote it.
 fn masked(log: &StageLog, cause: Cause) -> Cause {
     Cause {
@@ -164,14 +177,25 @@ async fn name_commit(
 
 /// Stores what the stages say, a chunk every `FLUSH_EVERY`, until the log is closed. Lines that the store refuses are
 /// lost, and the operator is told: a full disk must not hold up a release.
-fn write_log(store: Store, build_id: i64, log: BuildLog, mut next: i64) -> JoinHandle<()> {
+fn write_log(store: Store, build: Build, log: BuildLog, mut next: i64) -> JoinHandle<()> {
     tokio::spawn(async move {
         while let Some(lines) = log.drain().await {
-            match store.append_log(build_id, next, &lines).await {
+            let stored = async {
+                if !store.is_alone() {
+                    // The log is no place for who lost the build while it slept.
+                    store.ensure_held(&build).await?;
+                }
+                store.append_log(build.id, next, &lines).await
+            };
+            match stored.await {
                 Ok(after) => next = after,
                 Err(error) => {
+                    // Some of them may be there: what comes next goes behind those.
+                    if let Ok((end, _)) = store.log_end(build.id).await {
+                        next = end;
+                    }
                     tracing::error!(
-                        build = build_id,
+                        build = build.id,
                         lines = lines.len(),
                         error = format!("{error:#}"),
                         "lines of the build log are lost"
@@ -286,9 +310,10 @@ impl<'a> Line<'a> {
                 );
             }
         }
-        if self.agent.store.losses(self.build.id).await? >= LOSSES_MAX {
+        let losses = self.agent.store.losses(self.build.id).await?;
+        if losses >= LOSSES_MAX || self.build.attempt > ATTEMPTS_MAX {
             return Err(StageError::Agent(anyhow::anyhow!(
-                "the agent died {LOSSES_MAX} times in this stage; it is not begun again (`landfall rerun {}` does)",
+                "the agent died {losses} times in this stage; it is not begun again (`landfall rerun {}` does)",
                 self.build.id
             )));
         }

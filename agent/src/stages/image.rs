@@ -11,11 +11,14 @@ use anyhow::anyhow;
 use bollard::Docker;
 use bollard::errors::Error;
 use bollard::models::PushImageInfo;
-use bollard::query_parameters::{PushImageOptionsBuilder, TagImageOptionsBuilder};
+use bollard::query_parameters::{
+    ListImagesOptionsBuilder, PushImageOptionsBuilder, RemoveImageOptions, TagImageOptionsBuilder,
+};
 use futures_util::StreamExt;
 
 use super::patience::{Trouble, engine, patiently};
 use super::{Built, CheckedOut, Scope, StageError, StageResult, buildkit, limited};
+use crate::config::{self, Environment};
 use crate::docker;
 use crate::docker::registry::{self, Logins};
 use crate::fail_point;
@@ -60,6 +63,37 @@ pub async fn still_there(scope: &Scope<'_>, built: &Built) -> bool {
     found
         .await
         .is_ok_and(|found| found.descriptor.digest.as_deref() == Some(&built.digest))
+}
+
+/// Removes from the engine what it holds of an environment's own images, but the `kept` newest of each repository; how many.
+/// The registry keeps what was pushed, and it is what is deployed and put back.
+pub async fn remove_old(
+    settings: &config::Docker,
+    environment: &Environment,
+    kept: usize,
+) -> anyhow::Result<usize> {
+    let docker = docker::connect(settings).await?;
+    let label = format!("{}={}", buildkit::LABEL_ENVIRONMENT, environment.name);
+    let options = ListImagesOptionsBuilder::default()
+        .filters(&HashMap::from([("label", vec![label])]))
+        .build();
+    let mut images = docker.list_images(Some(options)).await?;
+    images.sort_by_key(|image| std::cmp::Reverse(image.created));
+    let ours = format!("{}/", environment.image_prefix);
+    let tags = images.into_iter().flat_map(|image| image.repo_tags);
+    let mut seen: HashMap<String, usize> = HashMap::new();
+    let mut removed = 0;
+    for tag in tags.filter(|tag| tag.starts_with(&ours)) {
+        let (repository, _) = registry::split(&tag);
+        let seen = seen.entry(repository.to_owned()).or_default();
+        *seen += 1;
+        if *seen > kept {
+            // One that a container uses stays until that is gone.
+            let asked = docker.remove_image(&tag, None::<RemoveImageOptions>, None);
+            removed += usize::from(asked.await.is_ok());
+        }
+    }
+    Ok(removed)
 }
 
 /// How long the registry may take to say whether it has an image.

@@ -23,15 +23,19 @@ macro_rules! clock {
 }
 
 impl Store {
-    /// Says that an agent is alive.
-    pub async fn renew(&self, holder: &str) -> anyhow::Result<()> {
+    /// Says that an agent is alive, and whether it could tell GitHub.
+    pub async fn renew(&self, holder: &str, tells_github: bool) -> anyhow::Result<()> {
         if self.is_alone() {
             return Ok(());
         }
-        on!(&self.main, pool => sqlx::query(concat!(
-                "INSERT INTO agents (holder, joined_at, seen_at) VALUES ($1, ", clock!(), ", ", clock!(), ") \
-                 ON CONFLICT (holder) DO UPDATE SET seen_at = ", clock!()))
-            .bind(holder).execute(pool).await?.rows_affected());
+        on!(&self.main, pool => {
+            sqlx::query(concat!(
+                    "INSERT INTO agents (holder, joined_at, tells_github, seen_at) VALUES ($1, ", clock!(), ", $2, ", clock!(), ") \
+                     ON CONFLICT (holder) DO UPDATE SET tells_github = $2, seen_at = ", clock!()))
+                .bind(holder).bind(tells_github).execute(pool).await?;
+            // Long dead.
+            sqlx::query(concat!("DELETE FROM agents WHERE seen_at < ", clock!(), " - 86400000")).execute(pool).await?;
+        });
         Ok(())
     }
 
@@ -42,56 +46,40 @@ impl Store {
         Ok(())
     }
 
-    /// Running builds that this agent may take: its own that no task of it runs, and those of agents that are dead.
+    /// Running builds that this agent may take: its own that no task of it runs, and those of agents that are dead, in
+    /// environments that it knows.
     pub async fn abandoned(&self, holder: &str) -> anyhow::Result<Vec<Build>> {
         let running = self.running().await?;
         if running.is_empty() || self.is_alone() {
             return Ok(running);
         }
-        let others = self.alive().await?;
-        let is_ours = |of: &str| folder(of) == folder(holder);
-        let mut abandoned = Vec::new();
-        for build in running {
-            let of = self.holder(build.id).await?;
-            if of.is_none_or(|of| is_ours(&of) || !others.contains(&of)) {
-                abandoned.push(build);
-            }
-        }
-        Ok(abandoned)
+        let others = format!("{}.%", folder(holder));
+        let abandoned: Vec<i64> = on!(&self.main, pool => sqlx::query_scalar(concat!(
+                "SELECT b.id FROM builds b WHERE b.status = 'running' AND ($2 = '' OR $2 LIKE '%,' || b.environment || ',%') AND \
+                 (b.holder IS NULL OR b.holder LIKE $1 OR NOT EXISTS \
+                 (SELECT 1 FROM agents a WHERE a.holder = b.holder AND a.seen_at > ", clock!(), " - $3))"))
+            .bind(others).bind(self.served()).bind(i64::try_from(LEASE.as_millis())?).fetch_all(pool).await?);
+        let is_abandoned = |build: &Build| abandoned.contains(&build.id);
+        Ok(running.into_iter().filter(is_abandoned).collect())
     }
 
-    /// Whether this agent speaks for all: the one of those alive that joined first.
+    /// Whether this agent speaks to GitHub for all: of those alive that can, the one that joined first.
     pub async fn leads(&self, holder: &str) -> anyhow::Result<bool> {
-        Ok(self.is_alone()
-            || self
-                .alive()
-                .await?
-                .first()
-                .is_none_or(|first| first == holder))
+        if self.is_alone() {
+            return Ok(true);
+        }
+        let first: Option<String> = on!(&self.main, pool => sqlx::query_scalar(concat!(
+                "SELECT holder FROM agents WHERE tells_github AND seen_at > ", clock!(), " - $1 ORDER BY joined_at, holder LIMIT 1"))
+            .bind(i64::try_from(LEASE.as_millis())?).fetch_optional(pool).await?);
+        Ok(first.is_none_or(|first| first == holder))
     }
 
     /// On SQLite no other agent can be.
-    const fn is_alone(&self) -> bool {
+    pub const fn is_alone(&self) -> bool {
         matches!(self.main, Db::Sqlite(_))
     }
 
-    /// Who is alive, the oldest first; rows of the dead are removed after a day.
-    async fn alive(&self) -> anyhow::Result<Vec<String>> {
-        let lease = i64::try_from(LEASE.as_millis())?;
-        Ok(on!(&self.main, pool => {
-            sqlx::query(concat!("DELETE FROM agents WHERE seen_at < ", clock!(), " - 86400000")).execute(pool).await?;
-            sqlx::query_scalar(concat!("SELECT holder FROM agents WHERE seen_at > ", clock!(), " - $1 ORDER BY joined_at, holder"))
-                .bind(lease).fetch_all(pool).await?
-        }))
-    }
-
-    async fn holder(&self, build_id: i64) -> anyhow::Result<Option<String>> {
-        Ok(
-            on!(&self.main, pool => sqlx::query_scalar("SELECT holder FROM builds WHERE id = $1").bind(build_id).fetch_one(pool).await?),
-        )
-    }
-
-    /// How many agents died with a build since its last stage passed.
+    /// How many agents died with a build one after the other in the stage that it is in.
     pub async fn losses(&self, build_id: i64) -> anyhow::Result<i64> {
         Ok(
             on!(&self.main, pool => sqlx::query_scalar("SELECT losses FROM builds WHERE id = $1").bind(build_id).fetch_one(pool).await?),

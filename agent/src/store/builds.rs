@@ -248,18 +248,22 @@ impl Store {
     /// Takes the oldest queued build whose environment is free, one that brings a release back first (`only_back`: no other),
     /// with a new fence.
     pub async fn claim(&self, holder: &str, only_back: bool) -> anyhow::Result<Option<Build>> {
+        let at = now();
         let id: Option<i64> = on!(&self.main, pool, BEGIN, lock => {
             let mut tx = pool.begin_with(BEGIN).await?;
             let id: Option<i64> = sqlx::query_scalar(lock!(
                 "SELECT b.id FROM builds b JOIN environments e ON e.name = b.environment \
                  WHERE b.status = 'queued' AND (NOT $1 OR b.kind IN ('undo', 'redo')) AND NOT EXISTS \
                  (SELECT 1 FROM builds r WHERE r.environment = b.environment AND r.status = 'running') \
-                 AND (b.kind <> 'push' OR b.queued_at < $2 OR NOT EXISTS (SELECT 1 FROM builds o WHERE o.superseded_by = b.id)) \
+                 AND (b.kind <> 'push' OR b.queued_at < $2 OR b.queued_at > $3 OR NOT EXISTS \
+                 (SELECT 1 FROM builds o WHERE o.superseded_by = b.id)) AND ($4 = '' OR $4 LIKE '%,' || b.environment || ',%') \
                  ORDER BY CASE b.kind WHEN 'undo' THEN 0 WHEN 'redo' THEN 0 WHEN 'push' THEN 2 ELSE 1 END, b.id LIMIT 1",
                 " OF e SKIP LOCKED"
             ))
             .bind(only_back)
-            .bind(now() - BURST)
+            .bind(at - BURST)
+            .bind(at)
+            .bind(self.served())
             .fetch_optional(&mut *tx)
             .await?;
             // The environment is ours to change now; another agent may have claimed a build of it while we looked.
@@ -385,8 +389,9 @@ impl Store {
             return Ok(None);
         };
         let at = now();
-        on!(&self.main, pool, BEGIN, _lock => {
+        on!(&self.main, pool, BEGIN, lock => {
             let mut tx = pool.begin_with(BEGIN).await?;
+            super::environments::hold!(tx, lock, &build.environment);
             sqlx::query("UPDATE builds SET cancel_requested = TRUE WHERE id = $1 AND status IN ('queued', 'running')")
                 .bind(id).execute(&mut *tx).await?;
             let ended = sqlx::query("UPDATE builds SET status = 'canceled', finished_at = $2 WHERE id = $1 AND status = 'queued'")
@@ -451,15 +456,12 @@ impl Store {
         status: StageStatus,
         baton: Option<&str>,
     ) -> anyhow::Result<()> {
-        on!(&self.main, pool, BEGIN, _lock => {
-            let mut tx = pool.begin_with(BEGIN).await?;
-            let held = sqlx::query("UPDATE builds SET losses = CASE WHEN $3 THEN 0 ELSE losses END WHERE id = $1 AND fence = $2")
-                .bind(build.id).bind(build.fence).bind(status == StageStatus::Passed).execute(&mut *tx).await?.rows_affected();
-            anyhow::ensure!(held == 1, "build #{} is no longer ours", build.id);
-            sqlx::query("UPDATE stages SET status = $3, done_at = $4, baton = $5 WHERE build_id = $1 AND stage = $2")
-                .bind(build.id).bind(stage.as_str()).bind(status.as_str()).bind(now()).bind(baton).execute(&mut *tx).await?;
-            tx.commit().await?;
-        });
+        let rows = on!(&self.main, pool => sqlx::query(
+                "UPDATE stages SET status = $3, done_at = $4, baton = $5 WHERE build_id = $1 AND stage = $2 AND \
+                 EXISTS (SELECT 1 FROM builds WHERE id = $1 AND fence = $6)")
+            .bind(build.id).bind(stage.as_str()).bind(status.as_str()).bind(now()).bind(baton).bind(build.fence)
+            .execute(pool).await?.rows_affected());
+        anyhow::ensure!(rows == 1, "build #{} is no longer ours", build.id);
         fail_point::at("store: end_stage");
         self.notify();
         Ok(())
@@ -518,7 +520,7 @@ macro_rules! push {
 pub(super) use push;
 
 /// Makes a build the holder's where `$if` holds: running, one attempt more, the environment's next fence. Whose holder did
-/// not hand it over has lost an agent.
+/// not hand it over has lost an agent, and it counts how often in the same stage.
 macro_rules! take {
     ($tx:ident, $id:ident, $holder:ident, $if:literal $(, $bound:expr)?) => {{
         let fence: i64 = sqlx::query_scalar(
@@ -529,7 +531,8 @@ macro_rules! take {
         .await?;
         let taken = sqlx::query(concat!(
             "UPDATE builds SET status = 'running', attempt = attempt + 1, fence = $2, started_at = COALESCE(started_at, $4), \
-             losses = losses + CASE WHEN holder IS NULL OR holder = $3 THEN 0 ELSE 1 END, holder = $3 \
+             losses = CASE WHEN holder IS NULL OR holder = $3 THEN losses WHEN lost_in = COALESCE(stage, '') THEN losses + 1 ELSE 1 END, \
+             lost_in = CASE WHEN holder IS NULL OR holder = $3 THEN lost_in ELSE COALESCE(stage, '') END, holder = $3 \
              WHERE id = $1 AND ", $if
         ))
         .bind($id)

@@ -17,6 +17,8 @@ use super::care;
 /// An earlier one loses committed writes in WAL mode (sqlite.org, changes of 3.51.3).
 const SQLITE_VERSION_MIN: (u32, u32, u32) = (3, 51, 3);
 const CONNECTIONS: u32 = 4;
+/// Of a PostgreSQL that is away: less than an agent may be silent.
+const ACQUIRE_MAX: Duration = Duration::from_secs(5);
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
 // By hand, as `row!` below: sqlx's own macros bring a second SQLite, compiled for the compiler.
@@ -208,6 +210,7 @@ async fn open_postgres(url: &str) -> anyhow::Result<Db> {
         .context("`database` is not an address like postgres://user@host/name")?;
     let pool = PgPoolOptions::new()
         .max_connections(8)
+        .acquire_timeout(ACQUIRE_MAX)
         .connect_with(options)
         .await
         .context("cannot reach PostgreSQL")?;

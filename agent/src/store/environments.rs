@@ -133,8 +133,9 @@ impl Store {
             ..NewBuild::without_delivery(environment, push, kind)
         };
         let by = &push.pusher;
-        let id = on!(&self.main, pool, BEGIN, _lock => {
+        let id = on!(&self.main, pool, BEGIN, lock => {
             let mut tx = pool.begin_with(BEGIN).await?;
+            hold!(tx, lock, environment);
             let id = super::builds::insert!(tx, build, at);
             sqlx::query("UPDATE builds SET release_id = $2, image = (SELECT image FROM releases WHERE id = $2) WHERE id = $1")
                 .bind(id).bind(release_id).execute(&mut *tx).await?;
@@ -157,6 +158,17 @@ impl Store {
         Ok(id)
     }
 }
+
+/// Whoever changes both locks the environment's row before those of its builds, as a claim does.
+macro_rules! hold {
+    ($tx:ident, $lock:ident, $environment:expr) => {
+        sqlx::query($lock!("SELECT name FROM environments WHERE name = $1"))
+            .bind($environment)
+            .fetch_optional(&mut *$tx)
+            .await?;
+    };
+}
+pub(super) use hold;
 
 macro_rules! pin {
     ($tx:ident, $environment:ident, $reason:ident, $by:ident, $at:ident) => {
@@ -215,7 +227,7 @@ mod tests {
             body: Vec::new(),
         };
         store
-            .accept(delivery, push(after), &["hello"])
+            .accept(delivery, push(after), &["hello"], None)
             .await
             .unwrap()[0]
             .build

@@ -5,10 +5,11 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use sqlx::Row;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{SemaphorePermit, mpsc, oneshot};
 
 use super::dialect::{Db, on};
 use super::notice::Notices;
@@ -18,10 +19,14 @@ use crate::fail_point;
 
 /// Deliveries that wait for their group; where there is no place, GitHub is told to come again.
 const WAITING_MAX: usize = 1024;
+/// Less than GitHub waits.
+const GROUP_TIME_MAX: Duration = Duration::from_secs(7);
 /// Of one transaction.
 const GROUP_MAX: usize = 256;
 /// Pushes that gave way: older ones are behind what is deployed.
 const GAVE_WAY_MAX: i64 = 50;
+/// Among so many builds before.
+const LOOKED_BACK: i64 = 10_000;
 /// Of one statement.
 const ROWS_MAX: usize = 1000;
 
@@ -48,8 +53,8 @@ pub struct Accepted {
 
 /// The commit of a branch's newest push: neither one that came too late, nor one that was sent again.
 const NEWEST_PUSH: &str = "SELECT b.commit_id FROM builds b WHERE b.environment = $1 AND b.kind = 'push' AND b.branch = $2 \
-    AND (b.superseded_by IS NULL OR b.superseded_by > b.id) AND NOT EXISTS (SELECT 1 FROM builds e WHERE e.environment = $1 \
-    AND e.kind = 'push' AND e.id < b.id AND e.body_hash = b.body_hash AND e.body_hash <> '') ORDER BY b.id DESC LIMIT 1";
+    AND (b.superseded_by IS NULL OR b.superseded_by > b.id) AND (b.body_hash = '' OR NOT EXISTS (SELECT 1 FROM builds e \
+    WHERE e.body_hash = b.body_hash AND e.environment = $1 AND e.id < b.id AND e.kind = 'push')) ORDER BY b.id DESC LIMIT 1";
 
 /// The newest push of a branch, even if it came too late.
 const NEWEST_BUILD: &str = "SELECT id, status, body_hash, before_commit, commit_id, pushed_at FROM builds \
@@ -114,6 +119,8 @@ pub(super) struct Waiting {
     delivery: Delivery,
     push: Push,
     environments: Vec<String>,
+    /// Its share of the bytes in flight, given back once it is stored or refused.
+    _in_flight: Option<SemaphorePermit<'static>>,
     answer: oneshot::Sender<anyhow::Result<Vec<Accepted>>>,
 }
 
@@ -233,7 +240,9 @@ pub(super) fn start(db: Db, notices: Arc<Notices>) -> mpsc::Sender<Waiting> {
 }
 
 async fn store_and_answer(db: &Db, group: Vec<Waiting>) {
-    match store(db, &group).await {
+    let stored = tokio::time::timeout(GROUP_TIME_MAX, store(db, &group)).await;
+    let stored = stored.unwrap_or_else(|_| Err(anyhow::anyhow!("the store does not answer")));
+    match stored {
         Ok(answers) => {
             fail_point::at("store: accept");
             for (waiting, answer) in group.into_iter().zip(answers) {
@@ -241,7 +250,8 @@ async fn store_and_answer(db: &Db, group: Vec<Waiting>) {
                 let _ = waiting.answer.send(Ok(answer));
             }
         }
-        Err(error) if group.len() == 1 => {
+        // Nothing that one of them could help, or already alone.
+        Err(error) if group.len() == 1 || !is_of_a_row(&error) => {
             for waiting in group {
                 let _ = waiting.answer.send(Err(anyhow::anyhow!("{error:#}")));
             }
@@ -253,6 +263,15 @@ async fn store_and_answer(db: &Db, group: Vec<Waiting>) {
             }
         }
     }
+}
+
+/// Whether the database has refused a statement: one delivery may be at fault. A store that is away is no such case, and a
+/// commit without an answer may have been one.
+fn is_of_a_row(error: &anyhow::Error) -> bool {
+    let refused = |cause: &(dyn std::error::Error + 'static)| {
+        matches!(cause.downcast_ref(), Some(sqlx::Error::Database(_)))
+    };
+    error.chain().any(refused)
 }
 
 /// What became of each delivery of a group; it is on disk then. A group of repetitions writes nothing.
@@ -340,12 +359,14 @@ impl Store {
         delivery: Delivery,
         push: Push,
         environments: &[&str],
+        in_flight: Option<SemaphorePermit<'static>>,
     ) -> anyhow::Result<Vec<Accepted>> {
         let (answer, stored) = oneshot::channel();
         let waiting = Waiting {
             delivery,
             push,
             environments: environments.iter().map(|&name| name.to_owned()).collect(),
+            _in_flight: in_flight,
             answer,
         };
         self.intake
@@ -397,9 +418,9 @@ impl Store {
         let deployed = self.deployed(&build.environment).await?.0;
         let gave_way: Vec<String> = on!(&self.main, pool => sqlx::query_scalar(
                 "SELECT s.commit_id FROM builds s WHERE s.environment = $1 AND s.branch = $2 AND s.kind = 'push' AND s.status = 'superseded' \
-                 AND NOT EXISTS (SELECT 1 FROM builds o WHERE o.environment = $1 AND o.commit_id = s.commit_id AND o.status <> 'superseded') \
-                 ORDER BY s.id DESC LIMIT $3")
-            .bind(&build.environment).bind(&build.branch).bind(GAVE_WAY_MAX).fetch_all(pool).await?);
+                 AND s.id > $3 AND NOT EXISTS (SELECT 1 FROM builds o WHERE o.environment = $1 AND o.commit_id = s.commit_id AND o.status <> 'superseded') \
+                 ORDER BY s.id DESC LIMIT $4")
+            .bind(&build.environment).bind(&build.branch).bind(build.id - LOOKED_BACK).bind(GAVE_WAY_MAX).fetch_all(pool).await?);
         Ok(deployed.into_iter().chain(gave_way).collect())
     }
 
@@ -484,7 +505,7 @@ mod tests {
     async fn accept(store: &Store, before: &str, after: &str) -> Accepted {
         let (delivery, push) = push(before, after);
         store
-            .accept(delivery, push, &["hello"])
+            .accept(delivery, push, &["hello"], None)
             .await
             .unwrap()
             .remove(0)
@@ -594,7 +615,7 @@ mod tests {
             for number in &order {
                 let (delivery, push) = push(&commit(number - 1), &commit(*number));
                 store
-                    .accept(delivery, push, &[environment.as_str()])
+                    .accept(delivery, push, &[environment.as_str()], None)
                     .await
                     .unwrap();
                 match index % 3 {

@@ -13,11 +13,12 @@ mod intake;
 mod logs;
 mod notice;
 mod releases;
+pub mod relocate;
 mod seal;
 
 use std::fs::File;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use anyhow::Context;
 use tokio::sync::{mpsc, watch};
@@ -43,6 +44,8 @@ pub struct Store {
     logs: Db,
     /// Word of every change of builds, stages or logs: wakes the queue, GitHub and viewers.
     notices: Arc<Notices>,
+    /// `,one,two,`: the environments of this agent's agent.yaml, once they are known.
+    served: Arc<OnceLock<String>>,
     /// To the task that stores deliveries in groups.
     intake: mpsc::Sender<intake::Waiting>,
     seal: Arc<Seal>,
@@ -67,6 +70,7 @@ impl Store {
             logs,
             seal,
             notices,
+            served: Arc::default(),
             _lock: Arc::new(lock),
         };
         if is_new_key && store.has_sealed().await? {
@@ -89,8 +93,10 @@ impl Store {
         self.notices.tell();
     }
 
-    /// A row for each environment of agent.yaml.
+    /// A row for each environment of agent.yaml. Of several agents each takes builds of its own environments only.
     pub async fn ensure_environments(&self, environments: &[Environment]) -> anyhow::Result<()> {
+        let names = environments.iter().map(|one| format!("{},", one.name));
+        let _ = self.served.set(format!(",{}", names.collect::<String>()));
         for environment in environments {
             on!(&self.main, pool => {
                 sqlx::query("INSERT INTO environments (name) VALUES ($1) ON CONFLICT (name) DO NOTHING")
@@ -100,6 +106,14 @@ impl Store {
             });
         }
         Ok(())
+    }
+
+    /// What a claim is bound to: on SQLite nothing, so that builds of an environment that agent.yaml has no more come to an end.
+    fn served(&self) -> &str {
+        match self.is_alone() {
+            true => "",
+            false => self.served.get().map_or("", String::as_str),
+        }
     }
 
     /// Whether the store answers: what `/readyz` asks.

@@ -148,13 +148,13 @@ async fn p5_a_frozen_agent_is_taken_over_and_writes_nothing_when_it_wakes() {
     let next = landfall
         .push(&[("start.sh", "exec httpd -f -p 5000 -h /www\n")])
         .await;
-    let next = landfall.end(next).await;
+    let build = landfall.end(next).await;
     assert_eq!(
-        (&next["status"], &next["outcome"]),
+        (&build["status"], &build["outcome"]),
         (&"passed".into(), &"live".into()),
-        "{next}"
+        "{build}"
     );
-    let log = landfall.log(id).await;
+    let log = landfall.log(next).await;
     assert!(
         !log.contains("applied again first"),
         "it left the environment unsettled:\n{log}"
@@ -205,6 +205,44 @@ async fn a_database_that_crashes_is_waited_for() {
     );
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sqlite_store_moves_to_postgresql_and_goes_on_there() {
+    let postgres = Postgres::start().await;
+    let mut landfall = Landfall::start("move").await;
+    let first = landfall.push(&[]).await;
+    assert_eq!(landfall.end(first).await["outcome"], "live");
+    let shown = async |landfall: &Landfall| {
+        let paths = ["/api/builds", "/api/environments/hello/releases"];
+        let builds = landfall.get(paths[0]).await;
+        let releases = landfall.get(paths[1]).await;
+        (builds, releases, landfall.log(first).await)
+    };
+    let before = shown(&landfall).await;
+    landfall.terminate();
+    let (code, said) = landfall.run_command(&["db", "move"]);
+    assert_eq!(code, Some(2), "{said}");
+    assert!(said.contains("names no PostgreSQL"), "{said}");
+
+    let config = fs::read_to_string(landfall.path("agent.yaml")).unwrap();
+    let database = format!("database: \"{}\"\nenvironments:", postgres.url());
+    let config = config.replace("environments:", &database);
+    fs::write(landfall.path("agent.yaml"), config).unwrap();
+    let (code, said) = landfall.run_command(&["db", "move"]);
+    assert_eq!(code, Some(0), "{said}");
+    landfall.run().await;
+    assert_eq!(shown(&landfall).await, before);
+    let next = landfall.push(&[("www/index.html", "Hello again\n")]).await;
+    assert_eq!(next, first + 1);
+    assert_eq!(landfall.end(next).await["outcome"], "live");
+
+    landfall.terminate();
+    let (code, said) = landfall.run_command(&["db", "move"]);
+    assert!(
+        code != Some(0) && said.contains("2 builds already"),
+        "{said}"
+    );
+}
+
 fn push(branch: &str) -> Push {
     Push {
         repository_id: None,
@@ -248,7 +286,7 @@ async fn eight_agents_run_each_build_once_and_one_at_a_time_in_an_environment() 
     for (number, store) in stores.iter().cloned().enumerate() {
         agents.spawn(async move {
             let (holder, mut ran, mut took) = (format!("{number}.x"), Vec::new(), Duration::ZERO);
-            store.renew(&holder).await.unwrap();
+            store.renew(&holder, false).await.unwrap();
             loop {
                 let begun = Instant::now();
                 let claimed = store.claim(&holder, false).await.unwrap();

@@ -39,6 +39,9 @@ struct Kept {
     mood: Option<Mood>,
     gone: Vec<String>,
     statuses: HashMap<(String, String), Vec<Shown>>,
+    /// The repository's webhook, and what it has sent: the newest first.
+    hook_url: String,
+    sent: Vec<Value>,
     /// When each request came, and what it got.
     requests: Vec<(Instant, u16)>,
 }
@@ -59,6 +62,15 @@ impl FakeGithub {
         let routes = Router::new()
             .route("/api/v3/repos/{owner}/{name}/statuses/{sha}", post(status))
             .route("/api/v3/repos/{owner}/{name}", get(repository))
+            .route("/api/v3/repos/{owner}/{name}/hooks", get(hooks))
+            .route(
+                "/api/v3/repos/{owner}/{name}/hooks/7/deliveries",
+                get(deliveries),
+            )
+            .route(
+                "/api/v3/repos/{owner}/{name}/hooks/7/deliveries/{id}/attempts",
+                post(attempt),
+            )
             .with_state(fake.clone());
         tokio::spawn(async { axum::serve(listener, routes).await });
         fake
@@ -76,6 +88,28 @@ impl FakeGithub {
     /// Answers 404 for a repository.
     pub fn remove(&self, repository: &str) {
         self.lock().gone.push(repository.to_owned());
+    }
+
+    /// A delivery to this address that got this answer.
+    pub fn has_sent(&self, url: &str, guid: &str, status_code: u16) {
+        let mut kept = self.lock();
+        url.clone_into(&mut kept.hook_url);
+        let id = kept.sent.len() + 1;
+        let now = jiff::Timestamp::now().to_string();
+        let one = json!({"id": id, "guid": guid, "event": "push", "status_code": status_code, "delivered_at": now});
+        kept.sent.insert(0, one);
+    }
+
+    /// Every delivery so far, the oldest first: guid and answer.
+    pub fn sent(&self) -> Vec<(String, i64)> {
+        let kept = self.lock();
+        let of = |one: &Value| {
+            (
+                one["guid"].as_str().unwrap().to_owned(),
+                one["status_code"].as_i64().unwrap(),
+            )
+        };
+        kept.sent.iter().rev().map(of).collect()
     }
 
     /// What was shown of a commit in a context, in order.
@@ -111,6 +145,36 @@ async fn repository(
         (true, true) => refuse(404, "Not Found"),
         (true, false) => Json(json!({ "full_name": format!("{owner}/{name}") })).into_response(),
     }
+}
+
+async fn hooks(State(github): State<FakeGithub>, headers: HeaderMap) -> Response {
+    if !is_known(&headers) {
+        return refuse(404, "Not Found");
+    }
+    let url = github.lock().hook_url.clone();
+    let other = json!({"id": 8, "config": {"url": "https://elsewhere.example.org/webhook"}});
+    Json(json!([other, {"id": 7, "config": {"url": url, "content_type": "json"}}])).into_response()
+}
+
+async fn deliveries(State(github): State<FakeGithub>) -> Response {
+    Json(Value::from(github.lock().sent.clone())).into_response()
+}
+
+/// Sent again, and this time it arrives.
+async fn attempt(
+    State(github): State<FakeGithub>,
+    Path((_, _, id)): Path<(String, String, i64)>,
+) -> Response {
+    let (url, guid) = {
+        let kept = github.lock();
+        let one = kept.sent.iter().find(|one| one["id"] == id).unwrap();
+        (
+            kept.hook_url.clone(),
+            one["guid"].as_str().unwrap().to_owned(),
+        )
+    };
+    github.has_sent(&url, &guid, 202);
+    (StatusCode::ACCEPTED, Json(json!({}))).into_response()
 }
 
 async fn status(

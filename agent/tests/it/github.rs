@@ -284,3 +284,25 @@ async fn doctor_learns_what_a_token_may_see() {
     let error = github::check(&config.github, "acme/other").await;
     assert!(error.unwrap_err().to_string().contains("may not see"));
 }
+
+#[tokio::test]
+async fn a_delivery_that_failed_is_asked_for_again() {
+    let agent = Agent::new(FakeGithub::start().await).await;
+    let url = "https://ci.example.org/webhook";
+    agent.github.has_sent(url, "arrived", 202);
+    agent.github.has_sent(url, "failed", 502);
+    let config = Arc::new(agent.config());
+    let (store, running) = (agent.store.clone(), agent.running.clone());
+    tokio::spawn(github::deliveries::run(
+        config,
+        store,
+        "me.1".to_owned(),
+        running,
+    ));
+    let arrived = async || {
+        let sent = agent.github.sent();
+        (sent.len() > 2).then_some(sent)
+    };
+    let sent = eventually("it is sent again", LIMIT, arrived).await;
+    assert_eq!(sent.last().unwrap(), &("failed".to_owned(), 202));
+}

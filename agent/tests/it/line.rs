@@ -877,15 +877,25 @@ async fn what_nobody_owns_any_more_is_swept_and_nothing_of_others() {
         "/of/another",
     )));
     let is_there = |id: &str| docker(&["ps", "-aq", "--no-trunc"]).contains(id);
+    let second = landfall.push(&[("www/index.html", "Hello, too")]).await;
+    let second = landfall.end(second).await;
+    let tag_of = |build: &serde_json::Value| {
+        let (image, _) = build["image"].as_str().unwrap().split_once('@').unwrap();
+        format!("{image}:{}", build["commit"].as_str().unwrap())
+    };
+    let (old, new) = (tag_of(&landfall.build(first).await), tag_of(&second));
+    let is_tag =
+        |tag: &str| docker(&["images", "--format", "{{.Repository}}:{{.Tag}}"]).contains(tag);
+    assert!(is_tag(&old) && is_tag(&new));
 
-    landfall
-        .restart("data_dir: data\n", "data_dir: data\n", &[])
-        .await;
+    let retention = "data_dir: data\nretention: { images: 1 }\n";
+    landfall.restart("data_dir: data\n", retention, &[]).await;
     eventually("it is swept", Duration::from_secs(30), async || {
-        let is_swept = !work.exists() && !mirror.exists() && !is_there(&left);
+        let is_swept = !work.exists() && !mirror.exists() && !is_there(&left) && !is_tag(&old);
         is_swept.then_some(())
     })
     .await;
+    assert!(is_tag(&new), "the newest image is gone");
     assert!(is_there(&of_another), "another agent's container is gone");
     docker(&["rm", "-f", &of_another]);
     assert_eq!(

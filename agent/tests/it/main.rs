@@ -13,6 +13,7 @@ mod git_server;
 mod git_world;
 mod github;
 mod image;
+mod intake;
 mod landfall;
 mod line;
 mod post_receive;

@@ -46,12 +46,11 @@ fn the_units_are_right_by_the_word_of_systemd() {
 async fn a_socket_of_systemd_is_taken_and_readiness_is_told() {
     let folder = tempfile::tempdir().unwrap();
     let port = free_port();
-    let config = format!(
-        "listen: 127.0.0.1:{port}\ndata_dir: data\nreconcile_seconds: 0\nenvironments:\n  - name: hello\n    repository: acme/hello\n    branch: main\n    \
-         clone_url: http://127.0.0.1:1/x.git\n    webhook_secrets: [{}]\n    namespace: hello\n    image_prefix: localhost:1/x\n",
-        crate::landfall::secret().replace(' ', "-"),
-    );
-    fs::write(folder.path().join("agent.yaml"), config).unwrap();
+    fs::write(
+        folder.path().join("agent.yaml"),
+        crate::intake::agent_yaml(port),
+    )
+    .unwrap();
     let notify = folder.path().join("notify");
     let heard = UnixDatagram::bind(&notify).unwrap();
     heard.set_nonblocking(true).unwrap();

@@ -1,8 +1,10 @@
-//! The store's truth to GitHub: commit statuses by octocrab. The only place that names it.
+//! The store's truth to GitHub: commit statuses by octocrab. The only folder that names it.
 //!
 //! The line: builds of which not everything was said → what is to be said (`word`) → one POST → what the answer means
 //! (`judge`) → the store. Waiting, order and retries follow from the store alone, so a restart forgets none of them.
-//! Never blocks a build, never shows the token.
+//! Never blocks a build, never shows the token. `deliveries.rs` asks for what GitHub could not deliver.
+
+pub mod deliveries;
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -526,5 +528,4 @@ impl Pace {
 }
 
 #[cfg(test)]
-#[path = "github_tests.rs"]
 mod tests;
