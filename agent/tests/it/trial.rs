@@ -355,6 +355,13 @@ impl History {
         self.commits[self.place(commit)].1
     }
 
+    /// From such a commit there is a way back: its program does not run, or its build lost agent after agent, and what stands is
+    /// then settled by the release before.
+    fn is_given_up(&self, commit: &str) -> bool {
+        let errored = |build: &Value| build["commit"] == commit && build["status"] == "errored";
+        !self.is_good(commit) || self.builds.iter().any(errored)
+    }
+
     /// Commits as the cluster saw them, each once for each time that it came.
     fn turns(&self) -> Vec<&str> {
         let mut turns: Vec<&str> = self
@@ -371,6 +378,24 @@ impl History {
         let mut all = String::new();
         for violation in violations {
             let _ = writeln!(all, "  {violation}");
+        }
+        // What is needed to understand it.
+        let short = |commit: &Value| commit.as_str().unwrap_or_default()[..7].to_owned();
+        for (commit, is_good) in &self.commits {
+            let _ = writeln!(all, "pushed {} good: {is_good}", &commit[..7]);
+        }
+        for turn in self.turns() {
+            let _ = writeln!(all, "seen {}", &turn[..7]);
+        }
+        for build in self.builds.iter().rev() {
+            let (commit, cause) = (short(&build["commit"]), &build["cause"]["sentence"]);
+            let [id, kind, status, outcome] =
+                ["id", "kind", "status", "outcome"].map(|key| &build[key]);
+            let attempt = &build["attempt"];
+            let _ = writeln!(
+                all,
+                "#{id} {commit} {kind} {status} {outcome} attempt {attempt} {cause}"
+            );
         }
         assert!(
             violations.is_empty(),
@@ -442,7 +467,7 @@ impl History {
             let came = turns.iter().filter(|turn| *turn == commit).count();
             let back = turns
                 .windows(2)
-                .filter(|pair| pair[1] == commit && !self.is_good(pair[0]))
+                .filter(|pair| pair[1] == commit && self.is_given_up(pair[0]))
                 .count();
             if came > back + 1 {
                 twice.push(format!("{commit} was deployed {} times", came - back));
@@ -457,7 +482,7 @@ impl History {
         let back = turns
             .windows(2)
             .filter(|pair| self.place(pair[1]) < self.place(pair[0]));
-        let unasked = back.filter(|pair| self.is_good(pair[0]));
+        let unasked = back.filter(|pair| !self.is_given_up(pair[0]));
         self.none(
             &unasked
                 .map(|pair| format!("{} came after {}", pair[1], pair[0]))
