@@ -16,6 +16,7 @@ use crate::builds::{Build, Cause, Outcome, Status};
 use crate::runner::{self, Agent};
 use crate::store::{LEASE, RENEW_EVERY};
 
+const SETTLE: Duration = Duration::from_millis(10);
 const POLL_EVERY: Duration = Duration::from_secs(1);
 /// An agent whose last word is as old as this stops what it runs: another may begin to take it over.
 const SILENCE_MAX: Duration = Duration::from_secs(LEASE.as_secs() * 2 / 3);
@@ -50,7 +51,8 @@ pub async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
         working.stop_if_silent();
         tokio::select! {
             () = shutdown.cancelled() => {}
-            _ = changes.changed() => {}
+            // Deliveries come in hundreds, each with a word.
+            _ = changes.changed() => tokio::time::sleep(SETTLE).await,
             Some(ended) = working.tasks.join_next() => working.ended(ended),
             () = tokio::time::sleep(POLL_EVERY) => {}
         }

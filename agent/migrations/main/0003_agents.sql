@@ -18,6 +18,7 @@ ALTER TABLE builds ADD COLUMN lost_in TEXT;
 -- only where the query repeats its very condition, so that `builds_open` was never used.
 DROP INDEX builds_open;
 DROP INDEX builds_by_hash;
+DROP INDEX deliveries_by_hash;
 CREATE INDEX builds_by_status ON builds (status, environment, id);
 CREATE INDEX builds_by_commit ON builds (commit_id, environment);
 CREATE INDEX builds_by_body ON builds (body_hash, environment, id);

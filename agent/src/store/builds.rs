@@ -12,6 +12,9 @@ use crate::fail_point;
 /// A push that took the place of another waits so long for the next one of the burst; never one to an idle environment.
 const BURST: Millis = 1000;
 
+/// How often a claim is tried where other agents are quicker.
+const CLAIMS_MAX: usize = 10;
+
 /// What is needed to queue a build.
 pub struct NewBuild<'a> {
     pub environment: &'a str,
@@ -248,34 +251,38 @@ impl Store {
     /// Takes the oldest queued build whose environment is free, one that brings a release back first (`only_back`: no other),
     /// with a new fence.
     pub async fn claim(&self, holder: &str, only_back: bool) -> anyhow::Result<Option<Build>> {
+        // Of several agents that see the same build one gets it, and the others look again.
+        for _ in 0..CLAIMS_MAX {
+            let Some(id) = self.next_in_turn(only_back).await? else {
+                return Ok(None);
+            };
+            let taken = on!(&self.main, pool, BEGIN, lock => {
+                let mut tx = pool.begin_with(BEGIN).await?;
+                let free = sqlx::query(lock!(
+                        "SELECT name FROM environments WHERE name = (SELECT environment FROM builds WHERE id = $1)", " SKIP LOCKED"))
+                    .bind(id).fetch_optional(&mut *tx).await?;
+                let taken = free.is_some() && take!(tx, id, holder, "status = 'queued' AND NOT EXISTS (SELECT 1 FROM builds r \
+                    WHERE r.environment = builds.environment AND r.status = 'running')");
+                tx.commit().await?;
+                taken
+            });
+            if taken {
+                return self.taken(Some(id)).await;
+            }
+        }
+        Ok(None)
+    }
+
+    /// Only reads, so that a queue with nothing to do keeps no delivery from being written.
+    async fn next_in_turn(&self, only_back: bool) -> anyhow::Result<Option<i64>> {
         let at = now();
-        let id: Option<i64> = on!(&self.main, pool, BEGIN, lock => {
-            let mut tx = pool.begin_with(BEGIN).await?;
-            let id: Option<i64> = sqlx::query_scalar(lock!(
-                "SELECT b.id FROM builds b JOIN environments e ON e.name = b.environment \
-                 WHERE b.status = 'queued' AND (NOT $1 OR b.kind IN ('undo', 'redo')) AND NOT EXISTS \
+        Ok(on!(&self.main, pool => sqlx::query_scalar(
+                "SELECT b.id FROM builds b WHERE b.status = 'queued' AND (NOT $1 OR b.kind IN ('undo', 'redo')) AND NOT EXISTS \
                  (SELECT 1 FROM builds r WHERE r.environment = b.environment AND r.status = 'running') \
                  AND (b.kind <> 'push' OR b.queued_at < $2 OR b.queued_at > $3 OR NOT EXISTS \
                  (SELECT 1 FROM builds o WHERE o.superseded_by = b.id)) AND ($4 = '' OR $4 LIKE '%,' || b.environment || ',%') \
-                 ORDER BY CASE b.kind WHEN 'undo' THEN 0 WHEN 'redo' THEN 0 WHEN 'push' THEN 2 ELSE 1 END, b.id LIMIT 1",
-                " OF e SKIP LOCKED"
-            ))
-            .bind(only_back)
-            .bind(at - BURST)
-            .bind(at)
-            .bind(self.served())
-            .fetch_optional(&mut *tx)
-            .await?;
-            // The environment is ours to change now; another agent may have claimed a build of it while we looked.
-            let taken = match id {
-                Some(id) => take!(tx, id, holder, "status = 'queued' AND NOT EXISTS (SELECT 1 FROM builds r \
-                    WHERE r.environment = builds.environment AND r.status = 'running')"),
-                None => false,
-            };
-            tx.commit().await?;
-            id.filter(|_| taken)
-        });
-        self.taken(id).await
+                 ORDER BY CASE b.kind WHEN 'undo' THEN 0 WHEN 'redo' THEN 0 WHEN 'push' THEN 2 ELSE 1 END, b.id LIMIT 1")
+            .bind(only_back).bind(at - BURST).bind(at).bind(self.served()).fetch_optional(pool).await?))
     }
 
     /// Takes a running build of a dead holder again, with a new fence and one attempt more. None where another agent was

@@ -90,8 +90,8 @@ pub enum Db {
 }
 
 /// Runs a body of sqlx calls on whichever pool it is. `$begin` is the statement that begins a writing transaction,
-/// `$lock!("SELECT …")` the text with a lock on the rows that it finds, waiting for whoever holds them; `$lock!("SELECT …",
-/// " OF e SKIP LOCKED")` passes over those. On SQLite a writing transaction has the whole file to itself.
+/// `$lock!("SELECT …")` the text with a lock on the rows that it finds, waiting for whoever holds them; with `" SKIP LOCKED"` it
+/// does not find those that somebody holds. On SQLite a writing transaction has the whole file to itself.
 macro_rules! on {
     ($db:expr, $pool:ident, $begin:ident, $lock:ident => $body:expr) => {
         match $db {
@@ -103,7 +103,7 @@ macro_rules! on {
                     ($sql:literal) => {
                         $sql
                     };
-                    ($sql:literal, $rows:literal) => {
+                    ($sql:literal, $skip:literal) => {
                         $sql
                     };
                 }
@@ -117,8 +117,8 @@ macro_rules! on {
                     ($sql:literal) => {
                         concat!($sql, " FOR UPDATE")
                     };
-                    ($sql:literal, $rows:literal) => {
-                        concat!($sql, " FOR UPDATE", $rows)
+                    ($sql:literal, $skip:literal) => {
+                        concat!($sql, " FOR UPDATE", $skip)
                     };
                 }
                 $body
@@ -131,45 +131,51 @@ macro_rules! on {
 }
 pub(crate) use on;
 
-/// Deliveries, builds and releases: every commit is on disk before it is answered. Logs: a file of their own, so that a
-/// chatty build never slows a delivery.
-pub async fn open(data_dir: &Path, database: Option<&str>) -> anyhow::Result<(Db, Db)> {
+/// The databases of a store.
+pub struct Opened {
+    /// Deliveries, builds and releases: every commit is on disk before it is answered.
+    pub main: Db,
+    /// The same by a way of its own, one connection on SQLite: pages that it has read stay read from one group of deliveries
+    /// to the next.
+    pub intake: Db,
+    /// A file of its own, so that a chatty build never slows a delivery.
+    pub logs: Db,
+}
+
+pub async fn open(data_dir: &Path, database: Option<&str>) -> anyhow::Result<Opened> {
     match database {
         None | Some("sqlite") => {
-            let main = open_sqlite(
-                &data_dir.join("landfall.db"),
-                SqliteSynchronous::Full,
-                main_migrations(),
-            )
-            .await?;
-            let logs = open_sqlite(
-                &data_dir.join("logs.db"),
-                SqliteSynchronous::Normal,
-                logs_migrations(),
-            )
-            .await?;
-            Ok((main, logs))
+            let (main, logs) = (data_dir.join("landfall.db"), data_dir.join("logs.db"));
+            let full = SqliteSynchronous::Full;
+            Ok(Opened {
+                main: migrated(&main, full, main_migrations()).await?,
+                intake: Db::Sqlite(sqlite(&main, full, 1).await?),
+                logs: migrated(&logs, SqliteSynchronous::Normal, logs_migrations()).await?,
+            })
         }
         Some(url) => {
-            let db = open_postgres(url).await?;
-            Ok((db.clone(), db))
+            let main = open_postgres(url).await?;
+            let (intake, logs) = (main.clone(), main.clone());
+            Ok(Opened { main, intake, logs })
         }
     }
 }
 
-async fn open_sqlite(
+async fn sqlite(
     path: &Path,
     synchronous: SqliteSynchronous,
-    mut migrator: Migrator,
-) -> anyhow::Result<Db> {
+    connections: u32,
+) -> anyhow::Result<SqlitePool> {
     let options = SqliteConnectOptions::new()
         .filename(path)
         .create_if_missing(true)
         .journal_mode(SqliteJournalMode::Wal)
         .synchronous(synchronous)
         .busy_timeout(BUSY_TIMEOUT);
-    let pool = SqlitePoolOptions::new()
-        .max_connections(CONNECTIONS)
+    SqlitePoolOptions::new()
+        .max_connections(connections)
+        // A file does not go away; to ask first costs as much as a small query.
+        .test_before_acquire(false)
         .after_release(|connection, _| {
             Box::pin(async move {
                 connection.ping().await?;
@@ -180,7 +186,15 @@ async fn open_sqlite(
         })
         .connect_with(options)
         .await
-        .with_context(|| care::damaged(path))?;
+        .with_context(|| care::damaged(path))
+}
+
+async fn migrated(
+    path: &Path,
+    synchronous: SqliteSynchronous,
+    mut migrator: Migrator,
+) -> anyhow::Result<Db> {
+    let pool = sqlite(path, synchronous, CONNECTIONS).await?;
     let version: String = sqlx::query_scalar("SELECT sqlite_version()")
         .fetch_one(&pool)
         .await?;

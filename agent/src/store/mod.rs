@@ -24,7 +24,7 @@ use anyhow::Context;
 use tokio::sync::{mpsc, watch};
 
 use crate::config::Environment;
-use dialect::{Db, on};
+use dialect::{Db, Opened, on};
 use notice::Notices;
 use seal::Seal;
 
@@ -58,14 +58,14 @@ impl Store {
     pub async fn open(data_dir: &Path, database: Option<&str>) -> anyhow::Result<Self> {
         let lock = lock(data_dir)?;
         let seal = Arc::new(Seal::open(data_dir)?);
-        let (main, logs) = dialect::open(data_dir, database).await?;
+        let Opened { main, intake, logs } = dialect::open(data_dir, database).await?;
         let is_new_key = seal.is_new;
         let notices = Notices::new();
         if let Db::Postgres(pool) = &main {
             notices.share(pool);
         }
         let store = Self {
-            intake: intake::start(main.clone(), Arc::clone(&notices)),
+            intake: intake::start(intake, Arc::clone(&notices)),
             main,
             logs,
             seal,

@@ -42,10 +42,11 @@ enum Value {
 pub async fn relocate(data_dir: &Path, url: &str) -> anyhow::Result<u64> {
     care::check(data_dir).await?;
     let _lock = lock(data_dir)?;
-    let (Db::Sqlite(main), Db::Sqlite(logs)) = dialect::open(data_dir, None).await? else {
+    let from = dialect::open(data_dir, None).await?;
+    let (Db::Sqlite(main), Db::Sqlite(logs)) = (from.main, from.logs) else {
         anyhow::bail!("{} holds no SQLite store", data_dir.display());
     };
-    let (Db::Postgres(to), _) = dialect::open(data_dir, Some(url)).await? else {
+    let Db::Postgres(to) = dialect::open(data_dir, Some(url)).await?.main else {
         anyhow::bail!("`database` names no PostgreSQL");
     };
     let mut tx = to.begin().await?;

@@ -218,7 +218,7 @@ async fn p1_no_answered_delivery_is_lost_under_kills() {
     keep(
         "deliveries_under_kills",
         &json!({"seconds": lasted.round(), "answered": accepted.len(), "kills": kills, "lost": 0, "stored_again": again,
-        "p50_ms": quantile(50), "p99_ms": quantile(99), "slowest_start_ms": slowest.as_millis() as u64}),
+        "p50_ms": quantile(50), "p99_ms": quantile(99), "slowest_start_ms": u64::try_from(slowest.as_millis()).unwrap()}),
     );
     assert!(
         accepted.len() > 100,
