@@ -16,6 +16,7 @@ use crate::builds::{Build, Cause, Outcome, Status};
 use crate::runner::{self, Agent};
 use crate::store::{LEASE, RENEW_EVERY};
 
+/// After a word of a change, for others to come.
 const SETTLE: Duration = Duration::from_millis(10);
 const POLL_EVERY: Duration = Duration::from_secs(1);
 /// An agent whose last word is as old as this stops what it runs: another may begin to take it over.
@@ -194,9 +195,8 @@ impl Working {
                 };
                 let ended = async {
                     let store = &agent.store;
-                    store.ensure_held(&build).await?;
                     if outcome == Outcome::Unknown {
-                        store.set_unsettled(&build.environment, true).await?;
+                        store.set_unsettled(&build, true).await?;
                     }
                     store
                         .finish(&build, Status::Errored, outcome, Some(&cause))

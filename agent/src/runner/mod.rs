@@ -89,16 +89,18 @@ async fn run_logged(
     let writer = write_log(agent.store.clone(), build.clone(), log.clone(), next);
 
     let ended = match agent.config.environment(&build.environment) {
-        Some(environment) => match name_commit(agent, environment, &mut build).await {
+        Some(environment) => Ok(match name_commit(agent, environment, &mut build).await {
             Ok(()) => {
                 Line::new(agent, environment, &build, &log, cancel)
                     .run()
                     .await
             }
             Err(error) => Some(Ended::errored(&error)),
-        },
-        None => Some(without_environment(agent, &build).await?),
+        }),
+        None => without_environment(agent, &build).await.map(Some),
     };
+    // The log's task ends with the log: whatever went wrong, that is closed first.
+    let ended = ended.inspect_err(|_| log.close())?;
 
     let shown = log.stage(Stage::Checkout);
     let ended = ended.map(|ended| Ended {
@@ -140,8 +142,7 @@ async fn without_environment(agent: &Agent, build: &Build) -> anyhow::Result<End
     if build.release_id.is_none() {
         return Ok(Ended::failed(cause));
     }
-    agent.store.ensure_held(build).await?;
-    agent.store.set_unsettled(name, true).await?;
+    agent.store.set_unsettled(build, true).await?;
     Ok(Ended {
         status: Status::Errored,
         outcome: Outcome::Unknown,

@@ -312,7 +312,7 @@ impl Line<'_> {
         let planned = match self.planned().await {
             Err(error) if error.chain().any(|cause| cause.is::<Unsealable>()) => {
                 // No retry helps, and a build that never ends would hold the environment for ever.
-                store.set_unsettled(&self.build.environment, true).await?;
+                store.set_unsettled(self.build, true).await?;
                 let cause = Cause::new("agent", format!("{error:#}"));
                 return Ok(Some(Ended {
                     status: Status::Errored,
@@ -330,7 +330,7 @@ impl Line<'_> {
             // Blind is not failed: what stands is found out before the next release.
             let begun = self.stage_begun(Stage::Deploy).await?;
             if begun {
-                store.set_unsettled(&self.build.environment, true).await?;
+                store.set_unsettled(self.build, true).await?;
             }
             let outcome = if begun {
                 Outcome::Unknown
@@ -398,7 +398,7 @@ impl Line<'_> {
                 release_id: Some(id),
             }) => {
                 store.set_restored(self.build, id).await?;
-                store.set_unsettled(&self.build.environment, false).await?;
+                store.set_unsettled(self.build, false).await?;
                 // The pod that a hint would lead to is gone by now.
                 let hint = cause
                     .hint
@@ -418,7 +418,7 @@ impl Line<'_> {
             Err(error) => {
                 let why = error.sentence();
                 log.line(format!("The rollback failed: {why}"));
-                store.set_unsettled(&self.build.environment, true).await?;
+                store.set_unsettled(self.build, true).await?;
                 if let StageError::Agent(_) = error {
                     // Not seen is not failed.
                     let hint = format!(
@@ -530,7 +530,7 @@ impl Line<'_> {
             .collect();
         self.remove(scope, &held, &removal::left_over(&later, Some(&goal)))
             .await?;
-        store.set_unsettled(environment, false).await?;
+        store.set_unsettled(self.build, false).await?;
         Ok(())
     }
 
@@ -599,9 +599,8 @@ impl Line<'_> {
             StageStatus::Failed => Outcome::RollbackFailed,
             StageStatus::Errored => Outcome::Unknown,
         };
-        let environment = &self.build.environment;
         let is_lost = matches!(outcome, Outcome::RollbackFailed | Outcome::Unknown);
-        self.agent.store.set_unsettled(environment, is_lost).await?;
+        self.agent.store.set_unsettled(self.build, is_lost).await?;
         Ok(Some(Earlier::Ended(Ended {
             status: Status::Failed,
             outcome,

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::dialect::{on, row};
 use super::{NewBuild, Store};
-use crate::builds::{BuildKind, Millis, Push, now};
+use crate::builds::{Build, BuildKind, Millis, Push, now};
 use crate::fail_point;
 
 /// What holds an environment at its release.
@@ -95,9 +95,12 @@ impl Store {
         Ok(row.unwrap_or_default())
     }
 
-    pub async fn set_unsettled(&self, environment: &str, unsettled: bool) -> anyhow::Result<()> {
-        on!(&self.main, pool => sqlx::query("UPDATE environments SET unsettled = $2 WHERE name = $1")
-            .bind(environment).bind(unsettled).execute(pool).await?.rows_affected());
+    /// By the build that holds the environment; an error where it was taken over.
+    pub async fn set_unsettled(&self, build: &Build, unsettled: bool) -> anyhow::Result<()> {
+        let rows = on!(&self.main, pool => sqlx::query(
+                "UPDATE environments SET unsettled = $2 WHERE name = $1 AND EXISTS (SELECT 1 FROM builds WHERE id = $3 AND fence = $4)")
+            .bind(&build.environment).bind(unsettled).bind(build.id).bind(build.fence).execute(pool).await?.rows_affected());
+        anyhow::ensure!(rows == 1, "build #{} is no longer ours", build.id);
         fail_point::at("store: set_unsettled");
         Ok(())
     }
