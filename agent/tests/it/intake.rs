@@ -10,17 +10,16 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::landfall::{ZERO, free_port, push_payload, sign};
+use crate::landfall::{ZERO, all_builds, free_port, push_payload, secret, try_deliver};
 use crate::soak::{keep, number};
 use crate::support::eventually;
-
-const SECRET: &str = "a-webhook-secret-of-more-than-32-bytes";
 
 /// Of an agent whose one environment leads nowhere: only the way in is of interest.
 pub fn agent_yaml(port: u16) -> String {
     format!(
         "listen: 127.0.0.1:{port}\ndata_dir: data\nreconcile_seconds: 0\nenvironments:\n  - name: hello\n    repository: acme/hello\n    \
-         branch: main\n    clone_url: http://127.0.0.1:1/x.git\n    webhook_secrets: [{SECRET}]\n    namespace: hello\n    image_prefix: localhost:1/x\n"
+         branch: main\n    clone_url: http://127.0.0.1:1/x.git\n    webhook_secrets: [{}]\n    namespace: hello\n    image_prefix: localhost:1/x\n",
+        secret()
     )
 }
 
@@ -89,17 +88,9 @@ fn run(folder: &Path, before: &[&str]) -> Child {
         .unwrap()
 }
 
-/// Status and answer; None where nobody answered.
 async fn deliver(http: &reqwest::Client, url: &str, after: &str) -> Option<(u16, Value)> {
-    let body = push_payload("acme/hello", "refs/heads/main", ZERO, after).to_string();
-    let request = http
-        .post(url)
-        .header("x-github-event", "push")
-        .header("x-hub-signature-256", sign(SECRET, body.as_bytes()))
-        .header("content-type", "application/json");
-    let answer = request.body(body).send().await.ok()?;
-    let status = answer.status().as_u16();
-    Some((status, answer.json().await.ok()?))
+    let payload = push_payload("acme/hello", "refs/heads/main", ZERO, after);
+    try_deliver(http, url, &payload).await
 }
 
 #[tokio::test]
@@ -177,22 +168,11 @@ async fn p1_no_answered_delivery_is_lost_under_kills() {
     }) {}
     let lasted = begun.elapsed().as_secs_f64();
 
-    let mut stored = HashMap::new();
-    let mut before = String::new();
-    loop {
-        let page = reqwest::get(agent.url(&format!("/api/builds?limit=200{before}")))
-            .await
-            .unwrap();
-        let page: Value = page.json().await.unwrap();
-        for build in page["builds"].as_array().unwrap() {
-            let commit = build["commit"].as_str().unwrap().to_owned();
-            stored.insert(build["id"].as_i64().unwrap(), commit);
-        }
-        match page["next"].as_i64() {
-            Some(next) => before = format!("&before={next}"),
-            None => break,
-        }
-    }
+    let stored = all_builds(&agent.url("")).await.into_iter().map(|build| {
+        let commit = build["commit"].as_str().unwrap().to_owned();
+        (build["id"].as_i64().unwrap(), commit)
+    });
+    let stored: HashMap<i64, String> = stored.collect();
     let accepted = accepted.lock().unwrap();
     let lost: Vec<_> = accepted
         .iter()

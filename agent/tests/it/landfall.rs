@@ -365,16 +365,7 @@ impl Landfall {
 
     /// As `deliver`; None where nobody answers.
     pub async fn try_deliver(&self, payload: &Value) -> Option<(u16, Value)> {
-        let body = payload.to_string();
-        let request = self
-            .http
-            .post(self.url("/webhook"))
-            .header("x-github-event", "push")
-            .header("x-hub-signature-256", sign(SECRET, body.as_bytes()))
-            .header("content-type", "application/json");
-        let answer = request.body(body).send().await.ok()?;
-        let status = answer.status().as_u16();
-        Some((status, answer.json().await.ok()?))
+        try_deliver(&self.http, &self.url("/webhook"), payload).await
     }
 
     pub async fn post(&self, event: &str, headers: &[(&str, &str)], body: Vec<u8>) -> (u16, Value) {
@@ -522,6 +513,38 @@ pub fn sign(secret: &str, body: &[u8]) -> String {
     let mut mac = Hmac::<Sha256>::new_from_slice(secret.as_bytes()).unwrap();
     mac.update(body);
     format!("sha256={}", hex::encode(mac.finalize().into_bytes()))
+}
+
+/// Status and answer of a signed push; None where nobody answers.
+pub async fn try_deliver(
+    http: &reqwest::Client,
+    url: &str,
+    payload: &Value,
+) -> Option<(u16, Value)> {
+    let body = payload.to_string();
+    let request = http
+        .post(url)
+        .header("x-github-event", "push")
+        .header("x-hub-signature-256", sign(SECRET, body.as_bytes()))
+        .header("content-type", "application/json");
+    let answer = request.body(body).send().await.ok()?;
+    let status = answer.status().as_u16();
+    Some((status, answer.json().await.ok()?))
+}
+
+/// Every build of an agent, page after page.
+pub async fn all_builds(url: &str) -> Vec<Value> {
+    let mut builds = Vec::new();
+    let mut before = String::new();
+    loop {
+        let page = reqwest::get(format!("{url}/api/builds?limit=200{before}"));
+        let page: Value = page.await.unwrap().json().await.unwrap();
+        builds.extend(page["builds"].as_array().unwrap().iter().cloned());
+        match page["next"].as_i64() {
+            Some(next) => before = format!("&before={next}"),
+            None => return builds,
+        }
+    }
 }
 
 pub fn secret() -> &'static str {

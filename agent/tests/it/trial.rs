@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, BufReader};
 
 use crate::fake_github::{FakeGithub, TOKEN};
-use crate::landfall::{Landfall, is_terminal};
+use crate::landfall::{Landfall, all_builds, is_terminal};
 use crate::postgres::Postgres;
 use crate::soak::{keep, number};
 use crate::support::{eventually, kubectl_command};
@@ -157,14 +157,14 @@ async fn run(name: &str, database: Option<&str>) -> History {
     push(&mut landfall, &mut history, true, false).await;
     let head = history.commits.last().unwrap().0.clone();
     eventually("all builds end, and the head serves", END_MAX, async || {
-        let builds = all_builds(&landfall).await;
+        let builds = all_builds(&landfall.url("")).await;
         let ended = builds.iter().all(is_terminal);
         let is_there = builds.iter().any(|build| build["commit"] == head.as_str());
         (ended && is_there).then_some(())
     })
     .await;
     history.ended_after = begun.elapsed();
-    history.builds = all_builds(&landfall).await;
+    history.builds = all_builds(&landfall.url("")).await;
     history.served = history_of(&landfall).await;
     history.resident_bytes = landfall.resident_bytes();
     let told = async || {
@@ -243,21 +243,6 @@ async fn deliver(
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     None
-}
-
-async fn all_builds(landfall: &Landfall) -> Vec<Value> {
-    let mut builds = Vec::new();
-    let mut before = String::new();
-    loop {
-        let page = landfall
-            .get(&format!("/api/builds?limit=200{before}"))
-            .await;
-        builds.extend(page["builds"].as_array().unwrap().iter().cloned());
-        match page["next"].as_i64() {
-            Some(next) => before = format!("&before={next}"),
-            None => return builds,
-        }
-    }
 }
 
 async fn history_of(landfall: &Landfall) -> Vec<Value> {
