@@ -380,6 +380,12 @@ impl Config {
         Ok(config)
     }
 
+    /// Bytes that the disk of `data_dir` has left. One that cannot be asked counts as empty: a build will find out.
+    pub fn free_bytes(&self) -> u64 {
+        rustix::fs::statvfs(&self.data_dir)
+            .map_or(u64::MAX, |disk| disk.f_bavail.saturating_mul(disk.f_frsize))
+    }
+
     fn override_by(&mut self, variable: &dyn Fn(&str) -> Option<String>) -> anyhow::Result<()> {
         let secret = |name: &str| -> anyhow::Result<Option<Secret>> {
             if let Some(path) = variable(&format!("{name}_FILE")) {

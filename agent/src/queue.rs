@@ -153,9 +153,7 @@ impl Working {
     /// Whether the disk has room for another build; said once each time that this changes.
     fn has_room(&mut self) -> bool {
         let config = &self.agent.config;
-        // A disk that cannot be asked is found out by the build.
-        let free = rustix::fs::statvfs(&config.data_dir)
-            .map_or(u64::MAX, |disk| disk.f_bavail.saturating_mul(disk.f_frsize));
+        let free = config.free_bytes();
         let has_room = free >= config.min_free_bytes;
         if has_room != self.has_room {
             let (free_mib, path) = (free >> 20, config.data_dir.display());

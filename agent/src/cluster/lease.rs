@@ -151,12 +151,25 @@ pub fn fence_of(live: &Value) -> i64 {
         .unwrap_or_default()
 }
 
-/// Somebody has claimed the environment after us: nothing more is ours to write.
+/// Somebody has claimed the environment after us: nothing more may be written under our number.
+#[derive(Debug)]
+pub struct TakenOver(String);
+
+impl std::fmt::Display for TakenOver {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for TakenOver {}
+
+/// What whoever is refused is told.
 pub fn lost(object: &Value, theirs: &str, ours: i64) -> Trouble {
-    Trouble::Agent(anyhow!(
+    let refused = format!(
         "another agent has taken over this environment: {} is under the fence {theirs}, ours is {ours}",
         display_name(object)
-    ))
+    );
+    Trouble::Agent(TakenOver(refused).into())
 }
 
 /// Writes our number on an object that is there. None where it is not.

@@ -9,7 +9,7 @@ use axum::response::{IntoResponse, Response};
 
 use super::assets;
 use super::log::{self, LogView};
-use super::views::{self, BuildView, CommitView, Step};
+use super::views::{self, BuildView, CommitView, Step, Waits};
 use crate::api::{self, IdPath, filter};
 use crate::app::App;
 use crate::builds::{Millis, Status, now};
@@ -150,6 +150,7 @@ pub async fn builds(
     let at = now();
     let (builds, next) = filter::page(&app.store, &filter).await?;
     let environments = environments(&app, at).await?;
+    let free = app.config.free_bytes();
     let builds = builds
         .iter()
         .map(|build| {
@@ -157,7 +158,14 @@ pub async fn builds(
                 .iter()
                 .find(|environment| environment.name == build.environment);
             let serving = environment.and_then(|environment| environment.release);
-            BuildView::new(&app.config, build, serving, at)
+            let current = environment.and_then(|environment| environment.build.as_ref());
+            let running = current.filter(|build| build.status == Status::Running);
+            BuildView::new(&app.config, build, serving, at).waiting(Waits::new(
+                &app.config,
+                build,
+                running.map(|build| build.id),
+                free,
+            ))
         })
         .collect();
     let page = BuildsPage {
@@ -207,6 +215,10 @@ pub async fn build(
         }
         _ => Vec::new(),
     };
+    let current = api::current_build(&app.store, &build.environment).await?;
+    let running = current.filter(|build| build.status == Status::Running);
+    let running = running.map(|build| build.id);
+    let waits = Waits::new(&app.config, &build, running, app.config.free_bytes());
     let page = BuildPage {
         version: &assets::VERSION,
         has_evidence: !evidence.is_empty(),
@@ -218,7 +230,7 @@ pub async fn build(
             .config
             .environment(&build.environment)
             .map(|environment| environment.namespace.clone()),
-        build: BuildView::new(&app.config, &build, serving, at),
+        build: BuildView::new(&app.config, &build, serving, at).waiting(waits),
         repository: build.repository,
         log,
     };

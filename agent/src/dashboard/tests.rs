@@ -279,6 +279,37 @@ const ODD_TEXTS: [&str; 17] = [
 ];
 
 #[tokio::test]
+async fn a_build_that_waits_says_for_what() {
+    let mut site = Site::new().await;
+    let first = site.start("hello", &push("main", "First", "mona")).await;
+    let second = site.queue("hello", &push("main", "Second", "mona")).await;
+    let running = format!("Waits for the end of <a href=\"/builds/{}\">", first.id);
+    for path in ["/", &format!("/builds/{second}")] {
+        let html = site.page(path).await;
+        assert_eq!(html.matches(&running).count(), 1, "{path}: {html}");
+    }
+
+    let other = site
+        .queue("shop", &push("release/1", "Third", "mona"))
+        .await;
+    assert!(
+        !site
+            .page(&format!("/builds/{other}"))
+            .await
+            .contains("Waits for")
+    );
+    let mut config = (*site.app.config).clone();
+    config.min_free_bytes = u64::MAX;
+    site.app.config = Arc::new(config);
+    site.routes = server::routes(site.app.clone());
+    let html = site.page(&format!("/builds/{other}")).await;
+    assert!(
+        html.contains("Waits for room on the agent’s disk"),
+        "{html}"
+    );
+}
+
+#[tokio::test]
 async fn what_comes_from_outside_is_only_ever_text() {
     let site = Site::new().await;
     for odd in ODD_TEXTS {

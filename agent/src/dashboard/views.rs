@@ -104,6 +104,38 @@ pub struct BuildView {
     pub finished: Option<Moment>,
     pub took: Option<Span>,
     pub is_over: bool,
+    /// Why it does not begin, where that is known.
+    pub waits: Option<Waits>,
+}
+
+/// What a queued build waits for.
+pub enum Waits {
+    /// Another build of its environment.
+    Build(i64),
+    /// Bytes free and bytes wanted (`min_free_bytes`), as people read them.
+    Disk { free: String, wanted: String },
+}
+
+impl Waits {
+    /// `running` is the build that runs in the same environment, `free` what the disk has, in bytes. What brings a release
+    /// back waits for no disk.
+    pub fn new(config: &Config, build: &Build, running: Option<i64>, free: u64) -> Option<Self> {
+        if build.status != Status::Queued {
+            return None;
+        }
+        if let Some(running) = running {
+            return Some(Self::Build(running));
+        }
+        let wanted = config.min_free_bytes;
+        (free < wanted && !build.kind.brings_back()).then(|| Self::Disk {
+            free: mebibytes(free),
+            wanted: mebibytes(wanted),
+        })
+    }
+}
+
+fn mebibytes(bytes: u64) -> String {
+    format!("{} MiB", bytes >> 20)
 }
 
 impl BuildView {
@@ -147,7 +179,14 @@ impl BuildView {
             finished: build.finished_at.map(|at| Moment::new(at, now)),
             took: Span::new(build.started_at, build.finished_at, !is_over, now),
             is_over,
+            waits: None,
         }
+    }
+
+    /// With what it waits for.
+    #[must_use]
+    pub fn waiting(self, waits: Option<Waits>) -> Self {
+        Self { waits, ..self }
     }
 
     /// In the list only what serves now is called live: it would be said of every build that passed.

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::{Ended, Line};
 use crate::builds::{BuildKind, Cause, Outcome, Stage, StageStatus, Status};
 use crate::cluster::evidence;
-use crate::cluster::lease::Held;
+use crate::cluster::lease::{Held, TakenOver};
 use crate::cluster::snapshot::Target;
 use crate::pipeline::{FirstRelease, Rollback};
 use crate::release::{AppliedObject, Change, Evidence, Release};
@@ -26,6 +26,8 @@ use crate::stages::{
 use crate::store::Unsealable;
 
 const SOAK_ASKED_EVERY: Duration = Duration::from_secs(1);
+/// How often the environment is claimed for one piece of work: each agent that wakes can disturb it once.
+const HOLDS_MAX: u32 = 3;
 
 /// Rollback's baton.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -191,8 +193,33 @@ impl Line<'_> {
     }
 
     async fn apply(&self, scope: &Scope<'_>, release: &Release, way: Way) -> StageResult<Applied> {
-        let held = self.hold(scope, Some(release)).await?;
-        self.apply_held(scope, &held, release, way).await
+        let apply = async |held: Held| self.apply_held(scope, &held, release, way).await;
+        self.holding(scope, Some(release), apply).await
+    }
+
+    /// Works under the environment's next fence. An agent that lost the environment while it slept may have claimed a number
+    /// too, before the store told it so: whoever has the store's word and is refused claims anew, and does the same again.
+    async fn holding<T>(
+        &self,
+        scope: &Scope<'_>,
+        release: Option<&Release>,
+        work: impl AsyncFn(Held) -> StageResult<T>,
+    ) -> StageResult<T> {
+        for _ in 1..HOLDS_MAX {
+            let held = self.hold(scope, release).await?;
+            match work(held).await {
+                Err(StageError::Agent(error))
+                    if error.chain().any(|cause| cause.is::<TakenOver>()) =>
+                {
+                    self.agent.store.ensure_held(self.build).await?;
+                    scope
+                        .log
+                        .line(format!("Claiming the environment anew: {error:#}"));
+                }
+                done => return done,
+            }
+        }
+        work(self.hold(scope, release).await?).await
     }
 
     async fn hold(&self, scope: &Scope<'_>, release: Option<&Release>) -> StageResult<Held> {
@@ -249,11 +276,9 @@ impl Line<'_> {
         if surplus.is_empty() {
             return Ok(());
         }
-        let pruned = async {
-            let held = self.hold(scope, Some(release)).await?;
-            removal::run(scope, &held, &surplus).await
-        };
-        for uid in pruned.await.map_err(StageError::into_error)? {
+        let remove = async |held: Held| removal::run(scope, &held, &surplus).await;
+        let pruned = self.holding(scope, Some(release), remove).await;
+        for uid in pruned.map_err(StageError::into_error)? {
             self.agent.store.record_removed(&uid).await?;
         }
         Ok(())
@@ -454,20 +479,24 @@ impl Line<'_> {
         failed: &[AppliedObject],
         goal: Option<&Release>,
     ) -> StageResult<PutBack> {
-        let held = self.hold(scope, goal).await?;
         let left_over = removal::left_over(failed, goal);
         let Some(goal) = goal else {
             scope.log.line("Removing what the failed release had made");
-            self.remove(scope, &held, &left_over).await?;
+            let remove = async |held: Held| self.remove(scope, &held, &left_over).await;
+            self.holding(scope, None, remove).await?;
             return Ok(PutBack { release_id: None });
         };
         scope
             .log
             .line(format!("Putting back release {}", describe(goal)));
-        let applied = self.apply_held(scope, &held, goal, Way::Back).await?;
-        let targets = Target::applied(goal, &applied.objects);
-        removal::free_stuck_pods(scope, &held, &targets).await;
-        self.remove(scope, &held, &left_over).await?;
+        let put_back = async |held: Held| {
+            let applied = self.apply_held(scope, &held, goal, Way::Back).await?;
+            let targets = Target::applied(goal, &applied.objects);
+            removal::free_stuck_pods(scope, &held, &targets).await;
+            self.remove(scope, &held, &left_over).await?;
+            Ok(applied)
+        };
+        let applied = self.holding(scope, Some(goal), put_back).await?;
         let usual = self.usual_rollout().await?;
         let rolled_out = verify::run(scope, goal, &applied, usual, Show::All).await?;
         // It has proved itself before, so that it is not soaked again.
@@ -510,17 +539,6 @@ impl Line<'_> {
             "An earlier build lost sight of the cluster or could not be put back: release {} is applied again first",
             goal.id
         ));
-        let held = self.hold(scope, Some(&goal)).await?;
-        if let Err(StageError::Failed(cause)) =
-            self.apply_held(scope, &held, &goal, Way::Back).await
-        {
-            // It cannot be had any more; the new release may mend what stands.
-            scope.log.line(format!(
-                "It cannot be applied again, going on without it: {}",
-                cause.sentence
-            ));
-            return Ok(());
-        }
         // What stands there beside it was created by releases after it, none of which is live.
         let created = store.created(environment).await?;
         let later: Vec<AppliedObject> = created
@@ -528,8 +546,22 @@ impl Line<'_> {
             .filter(|(release, _)| *release > goal.id)
             .map(|(_, object)| object)
             .collect();
-        self.remove(scope, &held, &removal::left_over(&later, Some(&goal)))
-            .await?;
+        let left_over = removal::left_over(&later, Some(&goal));
+        let settle = async |held: Held| {
+            self.apply_held(scope, &held, &goal, Way::Back).await?;
+            self.remove(scope, &held, &left_over).await
+        };
+        match self.holding(scope, Some(&goal), settle).await {
+            // It cannot be had any more; the new release may mend what stands.
+            Err(StageError::Failed(cause)) => {
+                scope.log.line(format!(
+                    "It cannot be applied again, going on without it: {}",
+                    cause.sentence
+                ));
+                return Ok(());
+            }
+            settled => settled?,
+        }
         store.set_unsettled(self.build, false).await?;
         Ok(())
     }

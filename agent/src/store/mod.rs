@@ -152,3 +152,6 @@ pub fn make_private_dir(path: &Path) -> anyhow::Result<()> {
         .create(path)
         .with_context(|| format!("cannot make the folder {}", path.display()))
 }
+
+#[cfg(test)]
+mod model;

@@ -448,6 +448,52 @@ async fn a_migration_that_fails_stops_the_release_and_its_log_is_kept() {
     assert_eq!(jobs().lines().count(), 1, "{}", jobs());
 }
 
+/// An agent that slept between the store's word and the cluster's Lease raises the Lease's number before it hears that it has
+/// lost the environment.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_holds_the_environment_claims_it_anew_after_one_that_woke() {
+    let mut landfall = Landfall::start("woken").await;
+    let job = format!(
+        "apiVersion: batch/v1\nkind: Job\nmetadata:\n  name: migrate\nspec:\n  template:\n    spec:\n      restartPolicy: Never\n      \
+         containers:\n        - name: migrate\n          image: {}\n          command: [sh, -c, \"sleep 5; echo migrated\"]\n",
+        busybox()
+    );
+    let id = landfall.push(&[("kubernetes/migrate.yaml", &job)]).await;
+    let namespace = landfall.namespace.0.clone();
+    let migrates = || kubectl(&["-n", &namespace, "get", "jobs", "-o", "name"]);
+    eventually("the Job runs", Duration::from_secs(60), async || {
+        migrates().contains("migrate").then_some(())
+    })
+    .await;
+    // The Deployment is not there yet, so that only the Lease says who may make it.
+    let lease = "lease/landfall-hello";
+    let number = kubectl(&[
+        "-n",
+        &namespace,
+        "get",
+        lease,
+        "-o",
+        "jsonpath={.spec.leaseTransitions}",
+    ]);
+    let woken = format!(
+        "{{\"spec\":{{\"leaseTransitions\":{}}}}}",
+        number.parse::<u32>().unwrap() + 1
+    );
+    kubectl(&[
+        "-n",
+        &namespace,
+        "patch",
+        lease,
+        "--type=merge",
+        "-p",
+        &woken,
+    ]);
+    let build = landfall.end(id).await;
+    let log = landfall.log(id).await;
+    assert_eq!(ended(&build), ("passed", "live"), "{build:#}\n{log}");
+    assert!(log.contains("Claiming the environment anew"), "{log}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_job_that_its_own_time_to_live_took_away_is_not_run_again() {
     let mut landfall = Landfall::start("ttl").await;
