@@ -14,6 +14,8 @@ use crate::builds::{Build, Millis, Stage, StageStatus, Status};
 use crate::config::Access;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Of a connection that is used again: less than after what the server closes it (`server::HEADER_TIMEOUT`).
+const QUIET_MAX: Duration = Duration::from_secs(5);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 /// A live log that says nothing for so long, not even that it lives, has lost its other end.
 const SILENCE_MAX: Duration = Duration::from_mins(1);
@@ -129,6 +131,7 @@ impl Client {
     pub fn new(access: Access) -> anyhow::Result<Self> {
         let http = reqwest::Client::builder()
             .connect_timeout(CONNECT_TIMEOUT)
+            .pool_idle_timeout(QUIET_MAX)
             .user_agent(concat!("landfall/", env!("CARGO_PKG_VERSION")))
             .redirect(reqwest::redirect::Policy::none())
             .build()?;

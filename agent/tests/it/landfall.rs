@@ -79,7 +79,12 @@ impl Landfall {
         git(&work, &["init", "-q", "-b", BRANCH]);
         let mut landfall = Self {
             port: free_port(),
-            http: reqwest::Client::builder().no_proxy().build().unwrap(),
+            // The agent closes a connection that is quiet for 10 s.
+            http: reqwest::Client::builder()
+                .no_proxy()
+                .pool_idle_timeout(Duration::from_secs(5))
+                .build()
+                .unwrap(),
             agent: None,
             git: server,
             last: ZERO.to_owned(),
