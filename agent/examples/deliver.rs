@@ -36,8 +36,47 @@ struct Arguments {
     status: u16,
 }
 
-/// About what GitHub sends for a push of one commit.
-const BODY_BYTES: usize = 7_190;
+/// The addresses that GitHub lists with a repository, less `https://api.github.com/repos/OWNER/NAME`.
+const ADDRESSES: [&str; 38] = [
+    "forks",
+    "keys{/key_id}",
+    "collaborators{/collaborator}",
+    "teams",
+    "hooks",
+    "issues/events{/number}",
+    "events",
+    "assignees{/user}",
+    "branches{/branch}",
+    "tags",
+    "git/blobs{/sha}",
+    "git/tags{/sha}",
+    "git/refs{/sha}",
+    "git/trees{/sha}",
+    "statuses/{sha}",
+    "languages",
+    "stargazers",
+    "contributors",
+    "subscribers",
+    "subscription",
+    "commits{/sha}",
+    "git/commits{/sha}",
+    "comments{/number}",
+    "issues/comments{/number}",
+    "contents/{+path}",
+    "compare/{base}...{head}",
+    "merges",
+    "{archive_format}{/ref}",
+    "downloads",
+    "issues{/number}",
+    "pulls{/number}",
+    "milestones{/number}",
+    "notifications{?since,all,participating}",
+    "labels{/name}",
+    "releases{/id}",
+    "deployments",
+    "hooks/1/deliveries",
+    "topics",
+];
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {
@@ -101,14 +140,7 @@ async fn post(
 }
 
 fn request(arguments: &Arguments, secret: &str, after: &str) -> anyhow::Result<Vec<u8>> {
-    let mut payload = json!({
-        "ref": format!("refs/heads/{}", arguments.branch), "before": "0".repeat(40), "after": after, "deleted": false,
-        "repository": {"id": 1, "full_name": arguments.repository}, "pusher": {"name": "mona"},
-        "head_commit": {"id": after, "message": "Change the greeting"}, "padding": "",
-    });
-    let missing = BODY_BYTES.saturating_sub(payload.to_string().len());
-    payload["padding"] = "x".repeat(missing).into();
-    let body = payload.to_string();
+    let body = payload(&arguments.repository, &arguments.branch, after).to_string();
     let mut mac = Hmac::<Sha256>::new_from_slice(secret.as_bytes())?;
     mac.update(body.as_bytes());
     let signature = hex::encode(mac.finalize().into_bytes());
@@ -138,4 +170,45 @@ async fn answer(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> anyhow::Result<
         let read = stream.read_buf(buffer).await?;
         anyhow::ensure!(read > 0, "the connection was closed");
     }
+}
+
+/// What GitHub sends for a push of one commit, in its parts and its length (about 7 kB).
+fn payload(repository: &str, branch: &str, after: &str) -> serde_json::Value {
+    let web = format!("https://github.com/{repository}");
+    let person = |login: &str| {
+        let api = format!("https://api.github.com/users/{login}");
+        json!({
+            "login": login, "id": 583_231, "node_id": "MDQ6VXNlcjU4MzIzMQ==", "avatar_url": "https://avatars.githubusercontent.com/u/583231?v=4",
+            "url": api, "html_url": format!("https://github.com/{login}"), "followers_url": format!("{api}/followers"),
+            "gists_url": format!("{api}/gists{{/gist_id}}"), "starred_url": format!("{api}/starred{{/owner}}{{/repo}}"),
+            "repos_url": format!("{api}/repos"), "type": "User", "site_admin": false, "name": login, "email": format!("{login}@example.com"),
+        })
+    };
+    let commit = json!({
+        "id": after, "tree_id": after.chars().rev().collect::<String>(), "distinct": true, "message": "Change the greeting",
+        "timestamp": "2026-11-26T15:30:05+00:00", "url": format!("{web}/commit/{after}"),
+        "author": {"name": "mona", "email": "mona@example.com", "username": "mona"},
+        "committer": {"name": "GitHub", "email": "noreply@github.com", "username": "web-flow"},
+        "added": [], "removed": [], "modified": ["app/src/main.rs"],
+    });
+    let mut about = json!({
+        "id": 1, "node_id": "MDEwOlJlcG9zaXRvcnkx", "name": "hello", "full_name": repository, "private": true, "owner": person("demo"),
+        "html_url": web, "description": "Says hello", "fork": false, "created_at": 1_700_000_000, "pushed_at": 1_790_000_000,
+        "clone_url": format!("{web}.git"), "size": 4096, "language": "Rust", "default_branch": branch, "topics": ["axum", "kubernetes"],
+    });
+    for address in ADDRESSES {
+        let key = address
+            .split(['{', '?'])
+            .next()
+            .unwrap_or(address)
+            .replace('/', "_");
+        about[format!("{key}_url")] =
+            format!("https://api.github.com/repos/{repository}/{address}").into();
+    }
+    json!({
+        "ref": format!("refs/heads/{branch}"), "before": "0".repeat(40), "after": after, "created": false, "deleted": false, "forced": false,
+        "compare": format!("{web}/compare/{}...{}", "0".repeat(12), after.get(..12).unwrap_or(after)),
+        "repository": about, "pusher": {"name": "mona", "email": "mona@example.com"}, "sender": person("mona"),
+        "organization": person("demo"), "commits": [commit.clone()], "head_commit": commit,
+    })
 }

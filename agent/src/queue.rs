@@ -178,7 +178,7 @@ impl Working {
             // up no page.
             let running = tokio::task::spawn_blocking({
                 let (agent, build) = (Arc::clone(&agent), build.clone());
-                move || Handle::current().block_on(runner::run(&agent, build, token))
+                move || Handle::current().block_on(Box::pin(runner::run(&agent, build, token)))
             });
             if running.await.is_err() {
                 let cause = Cause::new(

@@ -18,9 +18,11 @@ use base64::Engine;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
+use tokio_io_timeout::TimeoutStream;
 use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
 
@@ -29,7 +31,11 @@ use crate::config::{Config, ReadAccess};
 use crate::{api, dashboard, metrics, webhook};
 
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
-const CONNECTIONS_MAX: usize = 4096;
+/// Whoever takes nothing of an answer for so long is gone; a viewer comes back after the last line that it has.
+const UNREAD_MAX: Duration = Duration::from_secs(20);
+const CONNECTIONS_MAX: u64 = 12_000;
+/// Open files that no connection may take: the store, the engine, the cluster, git.
+const FILES_KEPT: u64 = 256;
 /// How long open requests may go on once the agent stops.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -86,7 +92,7 @@ pub async fn bind(address: SocketAddr, variable: &str) -> anyhow::Result<TcpList
 /// Serves until `shutdown` fires, then lets open requests end for at most `DRAIN`.
 pub async fn serve(listener: TcpListener, routes: Router, shutdown: CancellationToken) {
     let graceful = GracefulShutdown::new();
-    let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let connections = Arc::new(Semaphore::new(connections_max()));
     loop {
         let permit = tokio::select! {
             () = shutdown.cancelled() => break,
@@ -107,8 +113,10 @@ pub async fn serve(listener: TcpListener, routes: Router, shutdown: Cancellation
         let mut http = hyper::server::conn::http1::Builder::new();
         http.timer(TokioTimer::new())
             .header_read_timeout(HEADER_TIMEOUT);
+        let mut stream = TimeoutStream::new(stream);
+        stream.set_write_timeout(Some(UNREAD_MAX));
         let connection = http.serve_connection(
-            TokioIo::new(stream),
+            TokioIo::new(Box::pin(stream)),
             TowerToHyperService::new(routes.clone()),
         );
         let connection = graceful.watch(connection);
@@ -120,6 +128,24 @@ pub async fn serve(listener: TcpListener, routes: Router, shutdown: Cancellation
         });
     }
     let _ = tokio::time::timeout(DRAIN, graceful.shutdown()).await;
+}
+
+/// As many as there may be open files, once the process has asked for as many as it may have.
+fn connections_max() -> usize {
+    let limit = getrlimit(Resource::Nofile);
+    let allowed = limit.maximum.unwrap_or(u64::MAX);
+    let wanted = allowed.min(CONNECTIONS_MAX + FILES_KEPT);
+    let current = limit.current.unwrap_or(u64::MAX).max(wanted);
+    let raised = Rlimit {
+        current: Some(current),
+        maximum: limit.maximum,
+    };
+    let files = match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => current,
+        Err(_) => limit.current.unwrap_or(u64::MAX),
+    };
+    let connections = files.saturating_sub(FILES_KEPT).clamp(1, CONNECTIONS_MAX);
+    usize::try_from(connections).unwrap_or(usize::MAX)
 }
 
 /// Who may ask what: Host and Origin against DNS rebinding and foreign pages, the token for writes, `read_access` for

@@ -6,17 +6,19 @@
 pub mod environments;
 pub mod filter;
 pub mod live;
+pub mod window;
 
 use std::io;
+use std::sync::Arc;
 
 use anyhow::Context;
-use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::rejection::{BytesRejection, PathRejection};
 use axum::extract::{DefaultBodyLimit, Path, RawQuery, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get, post};
+use axum::{Extension, Router};
 use futures_util::{Stream, stream};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -39,7 +41,10 @@ pub fn router() -> Router<App> {
         .route("/api/builds", get(list).post(create))
         .route("/api/builds/{id}", get(one))
         .route("/api/builds/{id}/log", get(log))
-        .route("/api/builds/{id}/log/live", get(live::live))
+        .route(
+            "/api/builds/{id}/log/live",
+            get(live::live).layer(Extension(Arc::<window::Windows>::default())),
+        )
         .route("/api/builds/{id}/cancel", post(cancel))
         .route("/api/builds/{id}/rerun", post(rerun))
         .route("/api/builds/{id}/evidence", get(evidence))

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 
 use crate::ansi::{self, Span};
 use crate::api::LOG_READ_BYTES_MAX;
-use crate::api::live::line_text;
+use crate::api::window::line_text;
 use crate::builds::Stage;
 use crate::store::{NumberedLine, Store};
 

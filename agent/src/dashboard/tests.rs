@@ -1,6 +1,7 @@
 //! Pages and API over a real store and the real routes, with odd input.
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,6 +10,8 @@ use axum::body::Body;
 use axum::http::{HeaderMap, Request, StatusCode, header};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
@@ -965,6 +968,126 @@ async fn a_live_log_resumes_without_gap_or_double_while_lines_are_written() {
     assert_eq!(seen[0]["text"], "1: 10%\r100%\0");
     assert_eq!(seen[0]["spans"], json!([{"class": "", "text": "100%0%"}]));
     assert_eq!(seen[0]["stage"], "test");
+}
+
+/// The state of the server's end of a connection, as the kernel has it; empty where it is gone.
+fn state_at_server(server: SocketAddr, viewer: SocketAddr) -> String {
+    let (server, viewer) = (
+        format!(":{:04X}", server.port()),
+        format!(":{:04X}", viewer.port()),
+    );
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let mut rows = table
+        .lines()
+        .map(|row| row.split_whitespace().collect::<Vec<_>>());
+    rows.find(|row| row[1].ends_with(&server) && row[2].ends_with(&viewer))
+        .map_or_else(String::new, |row| row[3].to_owned())
+}
+
+#[tokio::test]
+async fn a_viewer_that_does_not_read_is_dropped_and_goes_on_where_it_was() {
+    const LINES: i64 = 2_000;
+    const ESTABLISHED: &str = "01";
+    let site = Site::new().await;
+    let build = site.start("hello", &push("main", "a", "Ada")).await;
+    let long = "x".repeat(16_000);
+    for first in (1..=LINES).step_by(50) {
+        let text: Vec<String> = (first..first + 50)
+            .map(|n| format!("{n} {long}\n"))
+            .collect();
+        let lines: Vec<&[u8]> = text.iter().map(String::as_bytes).collect();
+        site.write(&build, first, &lines).await;
+    }
+    let store = &site.app.store;
+    store
+        .finish(&build, Status::Passed, Outcome::Live, None)
+        .await
+        .unwrap();
+
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(server::serve(
+        listener,
+        site.routes.clone(),
+        site.app.shutdown.clone(),
+    ));
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let ask = format!(
+        "GET /api/builds/{}/log/live HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        build.id
+    );
+    stream.write_all(ask.as_bytes()).await.unwrap();
+    let viewer = stream.local_addr().unwrap();
+    timeout(2 * ANSWER_LIMIT, async {
+        while state_at_server(address, viewer) == ESTABLISHED {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    })
+    .await
+    .expect("a viewer that reads nothing keeps its connection");
+
+    let mut got = Vec::new();
+    let _ = timeout(ANSWER_LIMIT, stream.read_to_end(&mut got))
+        .await
+        .unwrap();
+    let got = String::from_utf8_lossy(&got);
+    assert!(
+        !got.contains("event: end"),
+        "it got everything: nothing was tried"
+    );
+    // A browser counts what it got whole.
+    let whole = got.rsplit_once("\n\n").map_or("", |(whole, _)| whole);
+    let last = whole
+        .rsplit_once("\nid: ")
+        .unwrap()
+        .1
+        .lines()
+        .next()
+        .unwrap();
+    let last = last.trim().parse().unwrap();
+    let (lines, _, has_ended) = watch(&site, Some(last), usize::MAX).await;
+    let numbers: Vec<i64> = lines
+        .iter()
+        .map(|line| line["n"].as_i64().unwrap())
+        .collect();
+    assert_eq!(numbers, (last + 1..=LINES).collect::<Vec<_>>());
+    assert!(has_ended);
+}
+
+/// More viewers than one, each from another line on: one that is ahead keeps nobody from the lines behind it.
+#[tokio::test]
+async fn viewers_of_one_build_get_each_line_once_wherever_they_begin() {
+    const LINES: i64 = 4_000;
+    let site = Site::new().await;
+    let build = site.start("hello", &push("main", "a", "Ada")).await;
+    let long = "y".repeat(200);
+    let writer = async {
+        for first in (1..=LINES).step_by(200) {
+            let text: Vec<String> = (first..first + 200)
+                .map(|n| format!("{n} {long}\n"))
+                .collect();
+            let lines: Vec<&[u8]> = text.iter().map(String::as_bytes).collect();
+            site.write(&build, first, &lines).await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let store = &site.app.store;
+        store
+            .finish(&build, Status::Passed, Outcome::Live, None)
+            .await
+            .unwrap();
+    };
+    let starts = [None, Some(1), Some(700), Some(3_999), Some(1_000_000)];
+    let viewers = starts.map(|after| watch(&site, after, usize::MAX));
+    let ((), seen) = tokio::join!(writer, futures_util::future::join_all(viewers));
+    for (after, (lines, _, has_ended)) in starts.into_iter().zip(seen) {
+        let numbers: Vec<i64> = lines
+            .iter()
+            .map(|line| line["n"].as_i64().unwrap())
+            .collect();
+        let wanted: Vec<i64> = (after.unwrap_or(0) + 1..=LINES).collect();
+        assert_eq!(numbers, wanted, "from {after:?} on");
+        assert!(has_ended, "from {after:?} on");
+    }
 }
 
 #[tokio::test]

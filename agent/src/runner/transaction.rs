@@ -207,7 +207,7 @@ impl Line<'_> {
     ) -> StageResult<T> {
         for _ in 1..HOLDS_MAX {
             let held = self.hold(scope, release).await?;
-            match work(held).await {
+            match Box::pin(work(held)).await {
                 Err(StageError::Agent(error))
                     if error.chain().any(|cause| cause.is::<TakenOver>()) =>
                 {
@@ -219,7 +219,7 @@ impl Line<'_> {
                 done => return done,
             }
         }
-        work(self.hold(scope, release).await?).await
+        Box::pin(work(self.hold(scope, release).await?)).await
     }
 
     async fn hold(&self, scope: &Scope<'_>, release: Option<&Release>) -> StageResult<Held> {

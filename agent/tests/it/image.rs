@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use landfall::stages::{Built, StageError, image};
@@ -13,8 +13,12 @@ use crate::support;
 
 const IMAGE: &str = "image: { name: sample }";
 
+/// Of its own image each time: a test that removes what it made must not remove another's.
 fn dockerfile(rest: &str) -> String {
-    format!("FROM {}\n{rest}\n", base())
+    static MADE: AtomicUsize = AtomicUsize::new(0);
+    let made = MADE.fetch_add(1, Ordering::Relaxed);
+    let label = format!("LABEL it={}-{made}", std::process::id());
+    format!("FROM {}\n{rest}\n{label}\n", base())
 }
 
 async fn digest_in_registry(built: &Built) -> String {
