@@ -380,7 +380,7 @@ impl Config {
         Ok(config)
     }
 
-    /// Bytes that the disk of `data_dir` has left. One that cannot be asked counts as empty: a build will find out.
+    /// Bytes that the disk of `data_dir` has left. One that cannot be asked counts as having room: a build will find out.
     pub fn free_bytes(&self) -> u64 {
         rustix::fs::statvfs(&self.data_dir)
             .map_or(u64::MAX, |disk| disk.f_bavail.saturating_mul(disk.f_frsize))

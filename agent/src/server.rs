@@ -31,8 +31,8 @@ use crate::config::{Config, ReadAccess};
 use crate::{api, dashboard, metrics, webhook};
 
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
-/// Whoever takes nothing of an answer for so long is gone; a viewer comes back after the last line that it has.
-const UNREAD_MAX: Duration = Duration::from_secs(20);
+/// Whoever takes nothing of an answer for so long is gone. A person may look at the beginning of a long log meanwhile.
+const UNREAD_MAX: Duration = Duration::from_secs(300);
 const CONNECTIONS_MAX: u64 = 12_000;
 /// Open files that no connection may take: the store, the engine, the cluster, git.
 const FILES_KEPT: u64 = 256;
@@ -89,14 +89,35 @@ pub async fn bind(address: SocketAddr, variable: &str) -> anyhow::Result<TcpList
     })
 }
 
+/// What all listeners of a process share.
+#[derive(Clone)]
+pub struct Limits {
+    connections: Arc<Semaphore>,
+    /// How long an answer may wait for who asked for it.
+    pub unread: Duration,
+}
+
+impl Limits {
+    pub fn of_process() -> Self {
+        Self {
+            connections: Arc::new(Semaphore::new(connections_max())),
+            unread: UNREAD_MAX,
+        }
+    }
+}
+
 /// Serves until `shutdown` fires, then lets open requests end for at most `DRAIN`.
-pub async fn serve(listener: TcpListener, routes: Router, shutdown: CancellationToken) {
+pub async fn serve(
+    listener: TcpListener,
+    routes: Router,
+    limits: Limits,
+    shutdown: CancellationToken,
+) {
     let graceful = GracefulShutdown::new();
-    let connections = Arc::new(Semaphore::new(connections_max()));
     loop {
         let permit = tokio::select! {
             () = shutdown.cancelled() => break,
-            permit = Arc::clone(&connections).acquire_owned() => permit,
+            permit = Arc::clone(&limits.connections).acquire_owned() => permit,
         };
         let Ok(permit) = permit else { break };
         let stream = tokio::select! {
@@ -114,7 +135,7 @@ pub async fn serve(listener: TcpListener, routes: Router, shutdown: Cancellation
         http.timer(TokioTimer::new())
             .header_read_timeout(HEADER_TIMEOUT);
         let mut stream = TimeoutStream::new(stream);
-        stream.set_write_timeout(Some(UNREAD_MAX));
+        stream.set_write_timeout(Some(limits.unread));
         let connection = http.serve_connection(
             TokioIo::new(Box::pin(stream)),
             TowerToHyperService::new(routes.clone()),

@@ -15,18 +15,15 @@ use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream;
 use serde_json::Value;
-use tokio::sync::{Mutex, watch};
-use tokio::time::{sleep, timeout};
+use tokio::sync::watch;
 
-use super::window::{Window, Windows, line_event};
+use super::window::{LINE_BYTES, Window, Windows, line_event};
 use super::{ApiError, IdPath};
 use crate::app::App;
 use crate::builds::StageRow;
 
-/// Another agent may write to the same store without waking us.
-const POLL_EVERY: Duration = Duration::from_secs(1);
-/// What a viewer that is behind the others reads at once, alone.
-const CATCH_UP_BYTES_MAX: usize = 64 * 1024;
+/// What a viewer is given at once: thousands that are slow hold so much each.
+const GIVEN_BYTES_MAX: usize = 16 * 1024;
 /// Proxies close what is silent.
 const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(15);
 /// How long a browser waits before it comes back.
@@ -44,8 +41,7 @@ pub async fn live(
         .map_err(|problem| ApiError::new(StatusCode::BAD_REQUEST, problem))?;
     let build = super::find(&app.store, &path).await?;
     let viewer = Viewer {
-        changed: app.store.watch(),
-        window: windows.of(build.id),
+        window: windows.of(&app, build.id),
         app,
         build_id: build.id,
         next: after.saturating_add(1),
@@ -81,10 +77,9 @@ fn after(query: Option<&str>, headers: &HeaderMap) -> Result<i64, String> {
 struct Viewer {
     app: App,
     build_id: i64,
-    window: Arc<Mutex<Window>>,
+    window: watch::Receiver<Arc<Window>>,
     /// The number of the line that comes next.
     next: i64,
-    changed: watch::Receiver<u64>,
     shown_build: Arc<Value>,
     shown_stages: Arc<Vec<StageRow>>,
     /// Never more than what one read gives.
@@ -104,8 +99,8 @@ impl Viewer {
             let shutdown = self.app.shutdown.clone();
             let step = async {
                 self.read().await?;
-                if self.ready.is_empty() {
-                    self.wait().await;
+                if self.ready.is_empty() && !self.has_ended {
+                    self.window.changed().await?;
                 }
                 anyhow::Ok(())
             };
@@ -121,11 +116,9 @@ impl Viewer {
     }
 
     async fn read(&mut self) -> anyhow::Result<()> {
-        self.changed.mark_unchanged();
-        let mut window = self.window.lock().await;
-        window.follow(&self.app, self.next).await?;
+        let window = Arc::clone(&self.window.borrow_and_update());
         let Some(view) = &window.view else {
-            self.has_ended = true;
+            self.has_ended = window.is_over_at(self.next);
             return Ok(());
         };
         if !Arc::ptr_eq(&self.shown_stages, &window.stages) {
@@ -140,38 +133,45 @@ impl Viewer {
             self.ready.push_back(event("build").json_data(view)?);
             self.shown_build = Arc::clone(view);
         }
+        if self.next < window.first() {
+            return self.catch_up(window.first()).await;
+        }
         if window.is_over_at(self.next) {
             self.ready.push_back(event("end").json_data(view)?);
             self.has_ended = true;
             return Ok(());
         }
-        let taken = window.take(self.next);
-        drop(window);
-        let Some((events, next)) = taken else {
-            return self.catch_up().await;
-        };
+        let (events, next) = window.take(self.next, GIVEN_BYTES_MAX);
+        if next > self.next {
+            // There may be more of it than was taken.
+            self.window.mark_changed();
+        }
         self.ready.extend(events);
         self.next = next;
         Ok(())
     }
 
-    async fn catch_up(&mut self) -> anyhow::Result<()> {
+    /// Reads alone what the window, which begins with `first`, no longer has.
+    async fn catch_up(&mut self, first: i64) -> anyhow::Result<()> {
         let store = &self.app.store;
         let lines = store
-            .read_log(self.build_id, self.next, CATCH_UP_BYTES_MAX)
+            .read_log(self.build_id, self.next, GIVEN_BYTES_MAX)
             .await?;
-        for line in &lines {
+        let mut bytes = 0;
+        for line in lines.iter().take_while(|line| line.number < first) {
+            if bytes >= GIVEN_BYTES_MAX {
+                break;
+            }
+            bytes += line.bytes.len() + LINE_BYTES;
             self.ready.push_back(line_event(line)?);
             self.next = line.number + 1;
         }
-        Ok(())
-    }
-
-    async fn wait(&mut self) {
-        let changed = timeout(POLL_EVERY, self.changed.changed()).await;
-        if changed.is_ok_and(|changed| changed.is_err()) {
-            sleep(POLL_EVERY).await;
+        if lines.is_empty() {
+            // Swept meanwhile: what is left of the log begins later.
+            self.next = first;
         }
+        self.window.mark_changed();
+        Ok(())
     }
 }
 

@@ -1,15 +1,17 @@
 //! What the viewers of one build share: its state and its last lines, read from the store once for all of them.
 //!
-//! A window is where the viewer is that has read furthest; who is behind it reads the store alone until it has caught up.
+//! One task a watched build reads on whenever the store has changed, and ends with its last viewer. A window holds the end of the
+//! log; whoever is behind it reads the store alone until it has caught up.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::response::sse::Event;
 use serde::Serialize;
 use serde_json::Value;
-use tokio::time::{Instant, sleep_until};
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::LOG_READ_BYTES_MAX;
 use crate::ansi;
@@ -20,49 +22,93 @@ use crate::store::NumberedLine;
 /// A burst of changes elsewhere is no reason to read more often.
 const READ_EVERY_MIN: Duration = Duration::from_millis(50);
 /// Another agent may write to the same store without waking us.
-const READ_EVERY_MAX: Duration = Duration::from_millis(900);
-/// What one viewer takes at once: thousands that are slow hold so much each.
-const TAKEN_BYTES_MAX: usize = 16 * 1024;
+const READ_EVERY_MAX: Duration = Duration::from_secs(1);
+/// What a line weighs beside its bytes.
+pub const LINE_BYTES: usize = 200;
 
 /// The windows of all builds that somebody watches.
 #[derive(Default)]
 pub struct Windows {
-    of_builds: Mutex<HashMap<i64, Weak<tokio::sync::Mutex<Window>>>>,
+    of_builds: Mutex<HashMap<i64, watch::Sender<Arc<Window>>>>,
 }
 
 impl Windows {
-    /// A build's window; it lives as long as its viewers.
-    pub fn of(&self, build_id: i64) -> Arc<tokio::sync::Mutex<Window>> {
+    /// A build's window, as it is read now and from now on.
+    pub fn of(self: &Arc<Self>, app: &App, build_id: i64) -> watch::Receiver<Arc<Window>> {
         let mut of_builds = self
             .of_builds
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        if let Some(window) = of_builds.get(&build_id).and_then(Weak::upgrade) {
-            return window;
+        if let Some(window) = of_builds.get(&build_id) {
+            return window.subscribe();
         }
-        of_builds.retain(|_, window| window.strong_count() > 0);
-        let window = Arc::new(tokio::sync::Mutex::new(Window::new(build_id)));
-        of_builds.insert(build_id, Arc::downgrade(&window));
-        window
+        let (sender, receiver) = watch::channel(Arc::default());
+        of_builds.insert(build_id, sender.clone());
+        tokio::spawn(keep(Arc::clone(self), app.clone(), build_id, sender));
+        receiver
+    }
+
+    /// Forgets a window that nobody watches any more; whether that was so.
+    fn forget(&self, build_id: i64, window: &watch::Sender<Arc<Window>>) -> bool {
+        let mut of_builds = self
+            .of_builds
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let is_over = window.receiver_count() == 0;
+        if is_over {
+            of_builds.remove(&build_id);
+        }
+        is_over
+    }
+}
+
+/// Keeps a build's window up to date for as long as somebody watches.
+async fn keep(windows: Arc<Windows>, app: App, build_id: i64, shown: watch::Sender<Arc<Window>>) {
+    let mut changed = app.store.watch();
+    let mut window = Window::default();
+    while !windows.forget(build_id, &shown) {
+        changed.mark_unchanged();
+        let begun = Instant::now();
+        match window.read(&app, build_id).await {
+            Ok(has_more) => {
+                shown.send_replace(Arc::new(window.clone()));
+                if has_more {
+                    continue;
+                }
+            }
+            Err(error) => tracing::warn!("cannot read on in build #{build_id}: {error:#}"),
+        }
+        let wait = async {
+            if window.is_complete {
+                return std::future::pending().await;
+            }
+            if timeout(READ_EVERY_MAX, changed.changed())
+                .await
+                .is_ok_and(|changed| changed.is_err())
+            {
+                sleep(READ_EVERY_MAX).await;
+            }
+            sleep_until(begun + READ_EVERY_MIN).await;
+        };
+        tokio::select! {
+            () = app.shutdown.cancelled() => return,
+            () = shown.closed() => {}
+            () = wait => {}
+        }
     }
 }
 
 /// A build as it was read last.
+#[derive(Clone, Default)]
 pub struct Window {
-    build_id: i64,
-    /// The store's word of a change that had come before the last read.
-    seen: Option<u64>,
-    read_at: Option<Instant>,
-    /// The last read brought lines, so that there may be more.
-    has_more: bool,
-    lines: VecDeque<Line>,
-    bytes: usize,
-    /// The number of the line that comes next.
-    next: i64,
-    /// As the API answers it; None where the build is gone.
+    /// As the API answers it; None before the first read, and where the build is gone.
     pub view: Option<Arc<Value>>,
     pub stages: Arc<Vec<StageRow>>,
-    /// The build has ended, and its last line is here.
+    lines: VecDeque<Arc<Line>>,
+    bytes: usize,
+    /// The number of the line that comes next; 0 before the first read.
+    next: i64,
+    /// The build has ended, and its last line is here; or it is gone.
     is_complete: bool,
 }
 
@@ -73,52 +119,14 @@ struct Line {
 }
 
 impl Window {
-    fn new(build_id: i64) -> Self {
-        Self {
-            build_id,
-            seen: None,
-            read_at: None,
-            has_more: false,
-            lines: VecDeque::new(),
-            bytes: 0,
-            next: 0,
-            view: None,
-            stages: Arc::default(),
-            is_complete: false,
-        }
-    }
-
-    /// Brings the window up to date for a viewer that has all lines before `next`.
-    pub async fn follow(&mut self, app: &App, next: i64) -> anyhow::Result<()> {
-        let word = *app.store.watch().borrow();
-        if next > self.next {
-            // Whoever asks for lines that nobody has written moves nothing.
-            let next = next.min(app.store.log_end(self.build_id).await?.0);
-            if next > self.next {
-                self.lines.clear();
-                (self.bytes, self.next, self.has_more) = (0, next, true);
-            }
-        }
-        let is_old = self.read_at.is_none_or(|at| at.elapsed() >= READ_EVERY_MAX);
-        if !is_old && !self.has_more && self.seen == Some(word) {
-            return Ok(());
-        }
-        if let Some(read_at) = self.read_at {
-            sleep_until(read_at + READ_EVERY_MIN).await;
-        }
-        self.read(app).await?;
-        self.seen = Some(word);
-        Ok(())
-    }
-
     /// Status before lines: whoever ends a build has stored its last line by then, so that no line comes after the end.
-    async fn read(&mut self, app: &App) -> anyhow::Result<()> {
-        self.read_at = Some(Instant::now());
-        let Some(build) = app.store.build(self.build_id).await? else {
-            self.view = None;
-            return Ok(());
+    /// Whether there may be more to read.
+    async fn read(&mut self, app: &App, build_id: i64) -> anyhow::Result<bool> {
+        let Some(build) = app.store.build(build_id).await? else {
+            (self.view, self.is_complete) = (None, true);
+            return Ok(false);
         };
-        let stages = app.store.stages(self.build_id).await?;
+        let stages = app.store.stages(build_id).await?;
         let view = super::full_view(&app.config, &build, &stages)?;
         if *self.stages != stages {
             self.stages = Arc::new(stages);
@@ -126,46 +134,50 @@ impl Window {
         if self.view.as_deref() != Some(&view) {
             self.view = Some(Arc::new(view));
         }
+        if self.next == 0 {
+            self.next = app.store.log_end(build_id).await?.0;
+        }
         let read = app
             .store
-            .read_log(self.build_id, self.next, LOG_READ_BYTES_MAX)
+            .read_log(build_id, self.next, LOG_READ_BYTES_MAX)
             .await?;
-        self.has_more = !read.is_empty();
-        self.is_complete = read.is_empty() && build.status.is_terminal();
         for line in &read {
+            let bytes = line.bytes.len() + LINE_BYTES;
             self.next = line.number + 1;
-            self.bytes += line.bytes.len();
-            self.lines.push_back(Line {
+            self.bytes += bytes;
+            self.lines.push_back(Arc::new(Line {
                 number: line.number,
-                bytes: line.bytes.len(),
+                bytes,
                 event: line_event(line)?,
-            });
+            }));
         }
         while self.bytes > LOG_READ_BYTES_MAX
             && let Some(first) = self.lines.pop_front()
         {
             self.bytes -= first.bytes;
         }
-        Ok(())
+        self.is_complete = read.is_empty() && build.status.is_terminal();
+        Ok(!read.is_empty())
     }
 
-    /// The next lines from number `next` on, and the number after them; None where they are not here any more.
-    pub fn take(&self, next: i64) -> Option<(Vec<Event>, i64)> {
-        let first = self.lines.front().map_or(self.next, |line| line.number);
-        if next < first {
-            return None;
-        }
+    /// The number of the first line that is here, or of the one that comes next.
+    pub fn first(&self) -> i64 {
+        self.lines.front().map_or(self.next, |line| line.number)
+    }
+
+    /// Lines from number `next` on, at most about `bytes_max`, and the number after them.
+    pub fn take(&self, next: i64, bytes_max: usize) -> (Vec<Event>, i64) {
         let (mut taken, mut bytes, mut after) = (Vec::new(), 0, next);
         let from = self.lines.partition_point(|line| line.number < next);
         for line in self.lines.range(from..) {
-            if bytes >= TAKEN_BYTES_MAX {
+            if bytes >= bytes_max {
                 break;
             }
             bytes += line.bytes;
             after = line.number + 1;
             taken.push(line.event.clone());
         }
-        Some((taken, after))
+        (taken, after)
     }
 
     /// Whether a viewer that has all lines before `next` has all that there will be.

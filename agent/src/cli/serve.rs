@@ -107,15 +107,18 @@ impl Serving {
             app.config.base_url()
         );
         tracing::info!(listen = %app.config.listen, environments = app.config.environments.len(), "serving");
+        let limits = server::Limits::of_process();
         let pages = tokio::spawn(server::serve(
             listener,
             server::routes(app.clone()),
+            limits.clone(),
             shutdown.clone(),
         ));
         let webhook = webhook_listener.map(|listener| {
             tokio::spawn(server::serve(
                 listener,
                 server::webhook_routes(app.clone()),
+                limits,
                 shutdown.clone(),
             ))
         });

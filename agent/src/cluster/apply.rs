@@ -15,7 +15,7 @@ use kube::core::Status;
 use serde_json::{Value, json};
 
 use super::lease::{self, Held};
-use super::ownership::{self, FENCE, MANAGER, MANAGER_REPLICAS, Taking};
+use super::ownership::{self, FENCE, MANAGER, MANAGER_FENCE, MANAGER_REPLICAS, Taking};
 use super::{Answer, Cluster, Resource, Trouble, refusal};
 use crate::builds::Cause;
 use crate::fail_point;
@@ -238,8 +238,9 @@ async fn attempt_once(
     let (true, Some(live)) = (!conflicts.is_empty(), live.as_ref()) else {
         return Err(refusal::judge(&cluster.namespace, object, &status));
     };
+    let is_fenced = |conflict: &ownership::Conflict| conflict.manager == MANAGER_FENCE;
     if let Some(held) = rules.held
-        && lease::fence_of(live) != held.fence
+        && (lease::fence_of(live) != held.fence || conflicts.iter().any(is_fenced))
     {
         // An older holder has made it since we looked, and is outdone; a newer one outdoes us.
         lease::fence(held, resource, object).await?;

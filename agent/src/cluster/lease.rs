@@ -108,11 +108,11 @@ pub async fn ensure_newest(held: &Held, object: &Value) -> Result<(), Trouble> {
         .as_ref()
         .and_then(|lease| lease.pointer("/spec/leaseTransitions")?.as_i64());
     match newest {
-        Some(newest) if newest != held.fence => Err(lost(
-            object,
-            &format!("{newest} (by the lease)"),
-            held.fence,
-        )),
+        Some(newest) if newest != held.fence => {
+            let newest = format!("{newest} (by the lease)");
+            let taken = LeaseTaken(refused(object, &newest, held.fence));
+            Err(Trouble::Agent(taken.into()))
+        }
         _ => Ok(()),
     }
 }
@@ -151,26 +151,30 @@ pub fn fence_of(live: &Value) -> i64 {
         .unwrap_or_default()
 }
 
-/// Somebody has claimed the environment after us: nothing more may be written under our number.
-#[derive(Debug)]
-pub struct TakenOver(String);
+/// Somebody has written their number on an object after us: nothing more is ours to write.
+pub fn lost(object: &Value, theirs: &str, ours: i64) -> Trouble {
+    Trouble::Agent(anyhow!("{}", refused(object, theirs, ours)))
+}
 
-impl std::fmt::Display for TakenOver {
+fn refused(object: &Value, theirs: &str, ours: i64) -> String {
+    let object = display_name(object);
+    format!(
+        "another agent has taken over this environment: {object} is under the fence {theirs}, ours is {ours}"
+    )
+}
+
+/// Somebody has claimed the Lease after us. On one store it may be an agent that woke, and is told by the store before it writes
+/// anything: unlike a greater number on an object, it says nothing of who holds the environment.
+#[derive(Debug)]
+pub struct LeaseTaken(String);
+
+impl std::fmt::Display for LeaseTaken {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.write_str(&self.0)
     }
 }
 
-impl std::error::Error for TakenOver {}
-
-/// What whoever is refused is told.
-pub fn lost(object: &Value, theirs: &str, ours: i64) -> Trouble {
-    let refused = format!(
-        "another agent has taken over this environment: {} is under the fence {theirs}, ours is {ours}",
-        display_name(object)
-    );
-    Trouble::Agent(TakenOver(refused).into())
-}
+impl std::error::Error for LeaseTaken {}
 
 /// Writes our number on an object that is there. None where it is not.
 pub async fn fence(

@@ -1006,9 +1006,12 @@ async fn a_viewer_that_does_not_read_is_dropped_and_goes_on_where_it_was() {
 
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
+    let mut limits = server::Limits::of_process();
+    limits.unread = Duration::from_secs(2);
     tokio::spawn(server::serve(
         listener,
         site.routes.clone(),
+        limits,
         site.app.shutdown.clone(),
     ));
     let mut stream = TcpStream::connect(address).await.unwrap();

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::{Ended, Line};
 use crate::builds::{BuildKind, Cause, Outcome, Stage, StageStatus, Status};
 use crate::cluster::evidence;
-use crate::cluster::lease::{Held, TakenOver};
+use crate::cluster::lease::{Held, LeaseTaken};
 use crate::cluster::snapshot::Target;
 use crate::pipeline::{FirstRelease, Rollback};
 use crate::release::{AppliedObject, Change, Evidence, Release};
@@ -197,8 +197,8 @@ impl Line<'_> {
         self.holding(scope, Some(release), apply).await
     }
 
-    /// Works under the environment's next fence. An agent that lost the environment while it slept may have claimed a number
-    /// too, before the store told it so: whoever has the store's word and is refused claims anew, and does the same again.
+    /// Works under the environment's next fence. An agent that lost the environment while it slept may have claimed the Lease
+    /// too, before the store told it so: whoever has the store's word claims it anew, and does the same again.
     async fn holding<T>(
         &self,
         scope: &Scope<'_>,
@@ -209,7 +209,7 @@ impl Line<'_> {
             let held = self.hold(scope, release).await?;
             match Box::pin(work(held)).await {
                 Err(StageError::Agent(error))
-                    if error.chain().any(|cause| cause.is::<TakenOver>()) =>
+                    if error.chain().any(|cause| cause.is::<LeaseTaken>()) =>
                 {
                     self.agent.store.ensure_held(self.build).await?;
                     scope
@@ -548,19 +548,20 @@ impl Line<'_> {
             .collect();
         let left_over = removal::left_over(&later, Some(&goal));
         let settle = async |held: Held| {
-            self.apply_held(scope, &held, &goal, Way::Back).await?;
-            self.remove(scope, &held, &left_over).await
+            match self.apply_held(scope, &held, &goal, Way::Back).await {
+                Err(StageError::Failed(cause)) => return Ok(Some(cause)),
+                applied => applied?,
+            };
+            self.remove(scope, &held, &left_over).await?;
+            Ok(None)
         };
-        match self.holding(scope, Some(&goal), settle).await {
+        if let Some(cause) = self.holding(scope, Some(&goal), settle).await? {
             // It cannot be had any more; the new release may mend what stands.
-            Err(StageError::Failed(cause)) => {
-                scope.log.line(format!(
-                    "It cannot be applied again, going on without it: {}",
-                    cause.sentence
-                ));
-                return Ok(());
-            }
-            settled => settled?,
+            scope.log.line(format!(
+                "It cannot be applied again, going on without it: {}",
+                cause.sentence
+            ));
+            return Ok(());
         }
         store.set_unsettled(self.build, false).await?;
         Ok(())

@@ -227,17 +227,24 @@ impl Store {
     }
 
     pub async fn builds(&self, filter: &Filter) -> anyhow::Result<Vec<Build>> {
-        let rows = on!(&self.main, pool => sqlx::query_as(select!(
-                "WHERE (CAST($1 AS TEXT) IS NULL OR environment = $1) AND (CAST($2 AS TEXT) IS NULL OR branch = $2) \
-                 AND (CAST($3 AS TEXT) IS NULL OR status = $3) AND (CAST($4 AS BIGINT) IS NULL OR id < $4) ORDER BY id DESC LIMIT $5"
-            ))
-            .bind(&filter.environment)
-            .bind(&filter.branch)
-            .bind(filter.status.map(Status::as_str))
-            .bind(filter.before)
-            .bind(filter.limit.unwrap_or(50).clamp(1, 200))
-            .fetch_all(pool)
-            .await?);
+        // Only what is asked for, so that an index is found for it.
+        let rows = on!(&self.main, pool => {
+            let mut query = sqlx::QueryBuilder::new(select!("WHERE TRUE"));
+            if let Some(environment) = &filter.environment {
+                query.push(" AND environment = ").push_bind(environment);
+            }
+            if let Some(branch) = &filter.branch {
+                query.push(" AND branch = ").push_bind(branch);
+            }
+            if let Some(status) = filter.status {
+                query.push(" AND status = ").push_bind(status.as_str());
+            }
+            if let Some(before) = filter.before {
+                query.push(" AND id < ").push_bind(before);
+            }
+            query.push(" ORDER BY id DESC LIMIT ").push_bind(filter.limit.unwrap_or(50).clamp(1, 200));
+            query.build_query_as().fetch_all(pool).await?
+        });
         builds(rows)
     }
 

@@ -20,8 +20,6 @@ const CONNECTIONS: u32 = 4;
 /// Of a PostgreSQL that is away: less than an agent may be silent.
 const ACQUIRE_MAX: Duration = Duration::from_secs(5);
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
-/// Groups of deliveries come in all sizes, each with statements of its own.
-const STATEMENTS_MAX: usize = 500;
 
 // By hand, as `row!` below: sqlx's own macros bring a second SQLite, compiled for the compiler.
 fn main_migrations() -> Migrator {
@@ -178,8 +176,7 @@ async fn sqlite(
         .create_if_missing(true)
         .journal_mode(SqliteJournalMode::Wal)
         .synchronous(synchronous)
-        .busy_timeout(BUSY_TIMEOUT)
-        .statement_cache_capacity(STATEMENTS_MAX);
+        .busy_timeout(BUSY_TIMEOUT);
     SqlitePoolOptions::new()
         .max_connections(connections)
         // A file does not go away; to ask first costs as much as a small query.

@@ -27,8 +27,8 @@ const GROUP_MAX: usize = 256;
 const GAVE_WAY_MAX: i64 = 50;
 /// Among so many builds before.
 const LOOKED_BACK: i64 = 10_000;
-/// Of one statement.
-const ROWS_MAX: usize = 1000;
+/// Of one statement, a power of two.
+const ROWS_MAX: usize = 64;
 
 /// What came over the wire, its signature proved.
 #[derive(Debug, Clone)]
@@ -40,6 +40,9 @@ pub struct Delivery {
     pub body_hash: String,
     pub body: Vec<u8>,
 }
+
+/// A larger body is packed on a thread of its own.
+const PACKED_AT_ONCE_MAX: usize = 256 * 1024;
 
 /// In deliveries.body_format: an LZ4 block behind its length when unpacked (four bytes, little-endian). What is written and
 /// synced decides how many deliveries a second are taken, and GitHub's bodies are mostly addresses that look alike.
@@ -297,8 +300,10 @@ async fn store(db: &Db, group: &[Waiting]) -> anyhow::Result<Vec<Vec<Accepted>>>
             let mut seen = sqlx::QueryBuilder::new("SELECT body_hash FROM builds WHERE kind = 'push' AND environment = ");
             seen.push_bind(environment).push(" AND commit_id IN (");
             let mut list = seen.separated(", ");
-            for commit in pushed {
-                list.push_bind(commit);
+            // Some twice, so that the statement is one of few.
+            let size = pushed.len().next_power_of_two();
+            for commit in pushed.iter().cycle().take(size) {
+                list.push_bind(*commit);
             }
             seen.push(")");
             let hashes: Vec<String> = seen.build_query_scalar().fetch_all(&mut *tx).await?;
@@ -312,7 +317,7 @@ async fn store(db: &Db, group: &[Waiting]) -> anyhow::Result<Vec<Vec<Accepted>>>
             let Some((id, build)) = decided.builds.get(*index) else { continue };
             super::builds::end_others!(tx, id, build, at);
         }
-        for deliveries in decided.deliveries.chunks(ROWS_MAX) {
+        for deliveries in parts(&decided.deliveries) {
             let mut insert = sqlx::QueryBuilder::new("INSERT INTO deliveries (id, guid, event, body_hash, body, body_format, received_at) ");
             insert.push_values(deliveries, |mut row, (id, delivery)| {
                 row.push_bind(*id).push_bind(&delivery.guid).push_bind(&delivery.event).push_bind(&delivery.body_hash)
@@ -320,7 +325,7 @@ async fn store(db: &Db, group: &[Waiting]) -> anyhow::Result<Vec<Vec<Accepted>>>
             });
             insert.build().execute(&mut *tx).await?;
         }
-        for builds in decided.builds.chunks(ROWS_MAX) {
+        for builds in parts(&decided.builds) {
             super::builds::write!(tx, builds, at);
         }
         for (name, last) in [("build", decided.builds.last().map(|(id, _)| *id)), ("delivery", decided.deliveries.last().map(|(id, _)| *id))] {
@@ -329,6 +334,16 @@ async fn store(db: &Db, group: &[Waiting]) -> anyhow::Result<Vec<Vec<Accepted>>>
         tx.commit().await.context("cannot store deliveries")?;
         decided.answers
     }))
+}
+
+/// Rows in parts of 64, 32, 16 … 1: groups come in all sizes, and the database keeps what it has understood of a few statements.
+fn parts<T>(mut rows: &[T]) -> impl Iterator<Item = &[T]> {
+    std::iter::from_fn(move || {
+        let size = rows.len().checked_ilog2().map(|bits| 1 << bits)?;
+        let (part, rest) = rows.split_at(ROWS_MAX.min(size));
+        rows = rest;
+        Some(part)
+    })
 }
 
 /// Each environment and branch of a group, once.
@@ -354,6 +369,16 @@ fn pushed(group: &[Waiting]) -> HashMap<&str, HashSet<&str>> {
     pushed
 }
 
+/// As its body is stored.
+async fn packed(mut delivery: Delivery) -> anyhow::Result<Delivery> {
+    let raw = std::mem::take(&mut delivery.body);
+    delivery.body = match raw.len() {
+        ..=PACKED_AT_ONCE_MAX => lz4_flex::compress_prepend_size(&raw),
+        _ => tokio::task::spawn_blocking(move || lz4_flex::compress_prepend_size(&raw)).await?,
+    };
+    Ok(delivery)
+}
+
 impl Store {
     /// Stores a delivery and queues one build for each environment, unless the push is a repetition there. When this
     /// returns, everything is on disk. An error where it could not be stored, or where too many wait.
@@ -368,9 +393,8 @@ impl Store {
         in_flight: Option<SemaphorePermit<'static>>,
     ) -> anyhow::Result<Vec<Accepted>> {
         let (answer, stored) = oneshot::channel();
-        let body = lz4_flex::compress_prepend_size(&delivery.body);
         let waiting = Waiting {
-            delivery: Delivery { body, ..delivery },
+            delivery: packed(delivery).await?,
             push,
             environments: environments.iter().map(|&name| name.to_owned()).collect(),
             _in_flight: in_flight,

@@ -8,6 +8,9 @@ use crate::build_log::{CHUNK_BYTES_MAX, LogLine};
 use crate::builds::{Millis, Stage};
 use crate::fail_point;
 
+/// Short lines weigh more than their bytes once they are read.
+const CHUNK_LINES_MAX: usize = 1_000;
+
 /// A line as it is read back. Numbers begin with 1 and have no gaps.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NumberedLine {
@@ -125,7 +128,7 @@ impl Store {
     }
 }
 
-/// Runs of lines of one stage, each at most `CHUNK_BYTES_MAX`.
+/// Runs of lines of one stage, each at most `CHUNK_BYTES_MAX` and `CHUNK_LINES_MAX`.
 fn chunks(lines: &[LogLine]) -> Vec<&[LogLine]> {
     let mut chunks = Vec::new();
     let mut rest = lines;
@@ -133,6 +136,7 @@ fn chunks(lines: &[LogLine]) -> Vec<&[LogLine]> {
         let mut bytes = 0;
         let length = rest
             .iter()
+            .take(CHUNK_LINES_MAX)
             .take_while(|line| {
                 bytes += line.bytes.len();
                 line.stage == first.stage && bytes <= CHUNK_BYTES_MAX
