@@ -15,7 +15,7 @@ use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream;
 use serde_json::Value;
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::window::{LINE_BYTES, Window, Windows, line_event};
 use super::{ApiError, IdPath};
@@ -24,6 +24,8 @@ use crate::builds::StageRow;
 
 /// What a viewer is given at once: thousands that are slow hold so much each.
 const GIVEN_BYTES_MAX: usize = 16 * 1024;
+/// The same for the few that catch up.
+const CAUGHT_UP_BYTES_MAX: usize = 256 * 1024;
 /// Proxies close what is silent.
 const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(15);
 /// How long a browser waits before it comes back.
@@ -42,6 +44,8 @@ pub async fn live(
     let build = super::find(&app.store, &path).await?;
     let viewer = Viewer {
         window: windows.of(&app, build.id),
+        catching_up: Arc::clone(&windows.catching_up),
+        permit: None,
         app,
         build_id: build.id,
         next: after.saturating_add(1),
@@ -78,6 +82,9 @@ struct Viewer {
     app: App,
     build_id: i64,
     window: watch::Receiver<Arc<Window>>,
+    catching_up: Arc<Semaphore>,
+    /// While what is ready is much.
+    permit: Option<OwnedSemaphorePermit>,
     /// The number of the line that comes next.
     next: i64,
     shown_build: Arc<Value>,
@@ -116,6 +123,7 @@ impl Viewer {
     }
 
     async fn read(&mut self) -> anyhow::Result<()> {
+        self.permit = None;
         let window = Arc::clone(&self.window.borrow_and_update());
         let Some(view) = &window.view else {
             self.has_ended = window.is_over_at(self.next);
@@ -153,13 +161,18 @@ impl Viewer {
 
     /// Reads alone what the window, which begins with `first`, no longer has.
     async fn catch_up(&mut self, first: i64) -> anyhow::Result<()> {
+        self.permit = Arc::clone(&self.catching_up).try_acquire_owned().ok();
+        let bytes_max = match self.permit {
+            Some(_) => CAUGHT_UP_BYTES_MAX,
+            None => GIVEN_BYTES_MAX,
+        };
         let store = &self.app.store;
         let lines = store
-            .read_log(self.build_id, self.next, GIVEN_BYTES_MAX)
+            .read_log(self.build_id, self.next, bytes_max / 2)
             .await?;
         let mut bytes = 0;
         for line in lines.iter().take_while(|line| line.number < first) {
-            if bytes >= GIVEN_BYTES_MAX {
+            if bytes >= bytes_max {
                 break;
             }
             bytes += line.bytes.len() + LINE_BYTES;

@@ -10,7 +10,7 @@ use std::time::Duration;
 use axum::response::sse::Event;
 use serde::Serialize;
 use serde_json::Value;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::LOG_READ_BYTES_MAX;
@@ -26,10 +26,23 @@ const READ_EVERY_MAX: Duration = Duration::from_secs(1);
 /// What a line weighs beside its bytes.
 pub const LINE_BYTES: usize = 200;
 
+/// How many viewers may hold much of a log at once, while they catch up.
+const CATCHING_UP_MAX: usize = 64;
+
 /// The windows of all builds that somebody watches.
-#[derive(Default)]
 pub struct Windows {
     of_builds: Mutex<HashMap<i64, watch::Sender<Arc<Window>>>>,
+    /// For those that are behind: who has a permit reads more at once.
+    pub catching_up: Arc<Semaphore>,
+}
+
+impl Default for Windows {
+    fn default() -> Self {
+        Self {
+            of_builds: Mutex::default(),
+            catching_up: Arc::new(Semaphore::new(CATCHING_UP_MAX)),
+        }
+    }
 }
 
 impl Windows {
