@@ -36,6 +36,8 @@ struct Arguments {
     status: u16,
 }
 
+/// Stands for the commit of each push.
+const COMMIT: &str = "c0ffee00c0ffee00c0ffee00c0ffee00c0ffee00";
 /// The addresses that GitHub lists with a repository, less `https://api.github.com/repos/OWNER/NAME`.
 const ADDRESSES: [&str; 38] = [
     "forks",
@@ -117,6 +119,8 @@ async fn post(
     let started = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)?
         .as_nanos();
+    // Made once: what the load costs is missing on both sides.
+    let template = payload(&arguments.repository, &arguments.branch).to_string();
     for number in 0_u64.. {
         if Instant::now() >= end {
             break;
@@ -125,7 +129,8 @@ async fn post(
             "{:016x}{connection:08x}{number:016x}",
             started & u128::from(u64::MAX)
         );
-        let request = request(arguments, secret, &after)?;
+        let body = template.replace(COMMIT, &after);
+        let request = request(arguments, secret, &after, &body)?;
         let begun = Instant::now();
         stream.write_all(&request).await?;
         let status = answer(&mut stream, &mut buffer).await?;
@@ -139,8 +144,12 @@ async fn post(
     Ok(took)
 }
 
-fn request(arguments: &Arguments, secret: &str, after: &str) -> anyhow::Result<Vec<u8>> {
-    let body = payload(&arguments.repository, &arguments.branch, after).to_string();
+fn request(
+    arguments: &Arguments,
+    secret: &str,
+    after: &str,
+    body: &str,
+) -> anyhow::Result<Vec<u8>> {
     let mut mac = Hmac::<Sha256>::new_from_slice(secret.as_bytes())?;
     mac.update(body.as_bytes());
     let signature = hex::encode(mac.finalize().into_bytes());
@@ -172,8 +181,9 @@ async fn answer(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> anyhow::Result<
     }
 }
 
-/// What GitHub sends for a push of one commit, in its parts and its length (about 7 kB).
-fn payload(repository: &str, branch: &str, after: &str) -> serde_json::Value {
+/// What GitHub sends for a push of `COMMIT`, in its parts and its length (about 7 kB).
+fn payload(repository: &str, branch: &str) -> serde_json::Value {
+    let after = COMMIT;
     let web = format!("https://github.com/{repository}");
     let person = |login: &str| {
         let api = format!("https://api.github.com/users/{login}");
@@ -185,7 +195,7 @@ fn payload(repository: &str, branch: &str, after: &str) -> serde_json::Value {
         })
     };
     let commit = json!({
-        "id": after, "tree_id": after.chars().rev().collect::<String>(), "distinct": true, "message": "Change the greeting",
+        "id": after, "tree_id": after, "distinct": true, "message": "Change the greeting",
         "timestamp": "2026-11-26T15:30:05+00:00", "url": format!("{web}/commit/{after}"),
         "author": {"name": "mona", "email": "mona@example.com", "username": "mona"},
         "committer": {"name": "GitHub", "email": "noreply@github.com", "username": "web-flow"},

@@ -25,6 +25,7 @@ use crate::store::Delivery;
 
 /// GitHub's own cap on payloads.
 pub const BODY_BYTES_MAX: usize = 25 << 20;
+const USUAL_BYTES_MAX: usize = 32 << 10;
 /// Of a body that is too large.
 const DRAINED_BYTES_MAX: usize = 64 << 20;
 /// Bodies in flight over all connections.
@@ -138,6 +139,10 @@ async fn read(headers: &HeaderMap, body: Body) -> Result<(Vec<u8>, InFlight), Re
             match &mut in_flight {
                 Some(sum) => sum.merge(share),
                 None => in_flight = Some(share),
+            }
+            if bytes.is_empty() {
+                // Whoever has begun is believed, up to the length of a usual push.
+                bytes.reserve(announced.unwrap_or_default().min(USUAL_BYTES_MAX));
             }
             bytes.extend_from_slice(&data);
         }
