@@ -12,7 +12,7 @@ use super::log::{self, LogView};
 use super::views::{self, BuildView, CommitView, Step, Waits};
 use crate::api::{self, IdPath, filter};
 use crate::app::App;
-use crate::builds::{Millis, Status, now};
+use crate::builds::{Build, Millis, Status, now};
 use crate::release::{Evidence, Planned};
 use crate::store::{Filter, Pin};
 
@@ -215,10 +215,10 @@ pub async fn build(
         }
         _ => Vec::new(),
     };
-    let current = api::current_build(&app.store, &build.environment).await?;
-    let running = current.filter(|build| build.status == Status::Running);
-    let running = running.map(|build| build.id);
-    let waits = Waits::new(&app.config, &build, running, app.config.free_bytes());
+    let waits = match build.status {
+        Status::Queued => waits(&app, &build).await?,
+        _ => None,
+    };
     let page = BuildPage {
         version: &assets::VERSION,
         has_evidence: !evidence.is_empty(),
@@ -240,6 +240,13 @@ pub async fn build(
         page.render()
     };
     Ok(html(StatusCode::OK, rendered))
+}
+
+async fn waits(app: &App, queued: &Build) -> anyhow::Result<Option<Waits>> {
+    let current = api::current_build(&app.store, &queued.environment).await?;
+    let running = current.filter(|build| build.status == Status::Running);
+    let (running, free) = (running.map(|build| build.id), app.config.free_bytes());
+    Ok(Waits::new(&app.config, queued, running, free))
 }
 
 async fn environments(app: &App, at: Millis) -> anyhow::Result<Vec<EnvironmentView>> {
