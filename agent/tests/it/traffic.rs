@@ -8,7 +8,7 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, interval, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
 use crate::landfall::Landfall;
 use crate::soak::{keep, number};
@@ -35,6 +35,8 @@ impl Load {
                 let mut failed = Vec::new();
                 let mut tick =
                     interval(Duration::from_secs(1) / u32::try_from(PER_SECOND).unwrap());
+                // What could not be sent while this machine stood still is not sent in one burst afterwards.
+                tick.set_missed_tick_behavior(MissedTickBehavior::Skip);
                 let began = Instant::now();
                 while !stop.load(Ordering::Relaxed) {
                     tick.tick().await;
@@ -42,10 +44,8 @@ impl Load {
                     let address = address.clone();
                     let at = began.elapsed();
                     requests.spawn(async move {
-                        let answer = timeout(ANSWER_LIMIT, ask(&address)).await;
-                        answer
-                            .unwrap_or_else(|_| Err("no answer in time".to_owned()))
-                            .map_err(|why| format!("after {:.1} s: {why}", at.as_secs_f64()))
+                        let answer = ask(&address).await;
+                        answer.map_err(|why| format!("after {:.1} s: {why}", at.as_secs_f64()))
                     });
                     while let Some(answered) = requests.try_join_next() {
                         failed.extend(answered.unwrap().err());
@@ -71,20 +71,27 @@ impl Load {
 }
 
 async fn ask(address: &str) -> Result<(), String> {
-    let said = |error: std::io::Error| error.to_string();
-    let mut stream = TcpStream::connect(address).await.map_err(said)?;
-    stream
-        .write_all(b"GET /index.html HTTP/1.0\r\n\r\n")
-        .await
-        .map_err(said)?;
+    let mut stream = in_time("connection", TcpStream::connect(address)).await?;
+    let request = b"GET /index.html HTTP/1.0\r\n\r\n";
+    in_time("room for a request", stream.write_all(request)).await?;
     let mut answer = Vec::new();
-    stream.read_to_end(&mut answer).await.map_err(said)?;
+    in_time("answer", stream.read_to_end(&mut answer)).await?;
     match answer.starts_with(b"HTTP/1.0 200") || answer.starts_with(b"HTTP/1.1 200") {
         true => Ok(()),
         false => Err(format!(
             "answered {:?}",
             String::from_utf8_lossy(&answer).lines().next()
         )),
+    }
+}
+
+async fn in_time<T>(
+    what: &str,
+    step: impl Future<Output = std::io::Result<T>>,
+) -> Result<T, String> {
+    match timeout(ANSWER_LIMIT, step).await {
+        Ok(done) => done.map_err(|error| error.to_string()),
+        Err(_) => Err(format!("no {what} in time")),
     }
 }
 
@@ -97,7 +104,8 @@ async fn no_request_is_lost_over_good_and_bad_releases() {
         std::fs::read_to_string(landfall.path(&format!("work/kubernetes/{name}"))).unwrap()
     };
     let deployment = read(&landfall, "deployment.yaml")
-        .replace("  replicas: 2\n", "  replicas: 2\n  strategy:\n    rollingUpdate:\n      maxSurge: 1\n      maxUnavailable: 0\n")
+        .replace("  replicas: 1\n", "  replicas: 2\n  strategy:\n    rollingUpdate:\n      maxSurge: 1\n      maxUnavailable: 0\n")
+        .replace("cpu: 50m\n", "cpu: 200m\n")
         .replace("terminationGracePeriodSeconds: 1\n", "terminationGracePeriodSeconds: 10\n")
         .replace("          readinessProbe:\n", "          lifecycle:\n            preStop:\n              sleep:\n                seconds: 4\n          readinessProbe:\n");
     let service = read(&landfall, "service.yaml")
