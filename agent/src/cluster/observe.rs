@@ -13,7 +13,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment, StatefulSet};
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{Event, Pod};
+use k8s_openapi::api::core::v1::{Event, PersistentVolumeClaim, Pod};
 use kube::api::{Api, ListParams, LogParams};
 use kube::core::PartialObjectMeta;
 use kube::runtime::{WatchStreamExt, watcher};
@@ -22,6 +22,7 @@ use serde::de::DeserializeOwned;
 use super::proxy::{self, Asked, Place};
 use super::snapshot::{Kind, LastWords, Running, Snapshot, Target, Workload};
 use super::tables::Listing;
+use super::words::{last_seen, message, shortened};
 use super::{Cluster, probes};
 
 /// One question to the API server.
@@ -211,6 +212,31 @@ impl<'a> Observer<'a> {
                 && job.uid.is_some()
                 && event.reason.as_deref() == Some("Completed")
         }))
+    }
+
+    /// Those of these claims that are not bound, each with what was last said of it.
+    pub async fn unbound_claims(
+        &mut self,
+        names: &[&str],
+    ) -> Result<Vec<(String, String)>, Unseen> {
+        let mut unbound = Vec::new();
+        for name in names {
+            let Some(claim) = self.get::<PersistentVolumeClaim>(name).await? else {
+                continue;
+            };
+            let phase = claim.status.and_then(|status| status.phase);
+            if phase.as_deref() == Some("Bound") {
+                continue;
+            }
+            let events = self.events().await?;
+            let last = events
+                .iter()
+                .filter(|event| event.involved_object.uid == claim.metadata.uid)
+                .max_by_key(|event| last_seen(event));
+            let said = last.map_or(String::new(), |event| shortened(message(event)));
+            unbound.push(((*name).to_owned(), said));
+        }
+        Ok(unbound)
     }
 
     async fn workload(&self, target: &Target) -> Result<Option<Workload>, Unseen> {

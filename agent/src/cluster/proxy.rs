@@ -5,9 +5,11 @@
 use std::time::{Duration, Instant};
 
 use http_body_util::BodyExt;
+use k8s_openapi::api::core::v1::{Pod, Service, ServicePort};
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::client::Body;
 
-use super::Cluster;
+use super::{Cluster, snapshot};
 
 /// One request, connecting and body included.
 pub const REQUEST_LIMIT: Duration = Duration::from_secs(10);
@@ -44,6 +46,65 @@ pub struct Place {
     pub name: String,
     pub port: String,
     pub tls: bool,
+}
+
+impl Place {
+    /// The Service itself, at its port named `http` or its first.
+    pub fn of_service(service: &Service) -> Self {
+        let (port, tls) = port(service).map_or((80, false), |(port, tls)| (port.port, tls));
+        Self {
+            resource: "services",
+            name: service.metadata.name.clone().unwrap_or_default(),
+            port: port.to_string(),
+            tls,
+        }
+    }
+
+    /// Where that port of the Service leads in this pod.
+    pub fn of_pod(service: &Service, pod: &Pod) -> Self {
+        let (number, tls) = match port(service) {
+            None => (80, false),
+            Some((port, tls)) => {
+                let number = match port.target_port {
+                    Some(IntOrString::Int(number)) if number > 0 => number,
+                    Some(IntOrString::String(name)) => named_port(pod, &name).unwrap_or(port.port),
+                    _ => port.port,
+                };
+                (number, tls)
+            }
+        };
+        Self {
+            resource: "pods",
+            name: snapshot::name(pod).to_owned(),
+            port: number.to_string(),
+            tls,
+        }
+    }
+}
+
+/// The Service's port to ask, and whether TLS is spoken there.
+fn port(service: &Service) -> Option<(ServicePort, bool)> {
+    let ports = service.spec.as_ref()?.ports.clone().unwrap_or_default();
+    let port = ports
+        .iter()
+        .find(|port| port.name.as_deref() == Some("http"))
+        .or(ports.first())?
+        .clone();
+    let tls = port.name.as_deref() == Some("https")
+        || port.app_protocol.as_deref() == Some("https")
+        || port.port == 443;
+    Some((port, tls))
+}
+
+fn named_port(pod: &Pod, name: &str) -> Option<i32> {
+    let containers = &pod.spec.as_ref()?.containers;
+    let ports = containers
+        .iter()
+        .flat_map(|container| container.ports.iter().flatten());
+    ports
+        .into_iter()
+        .find(|port| port.name.as_deref() == Some(name))
+        .map(|port| port.container_port)
 }
 
 /// Whether this may stand after `/proxy`: nothing that leads out of it, for whoever normalises paths on the way.

@@ -4,10 +4,11 @@
 //! done and what its baton names still exists, so a fresh build and a resumed one are the same function and no stage knows
 //! of crashes. Never calls GitHub, never answers a request.
 
+mod availability;
 mod transaction;
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use anyhow::Context;
 use serde::Serialize;
@@ -263,6 +264,8 @@ struct Line<'a> {
     work: PathBuf,
     /// Answers to the smoke test's requests that failed, until they are kept with the rest of the evidence.
     requests: Mutex<Vec<Evidence>>,
+    /// Since the first mutation of a release over one that serves.
+    availability: OnceLock<Option<availability::Watch>>,
 }
 
 impl<'a> Line<'a> {
@@ -282,6 +285,7 @@ impl<'a> Line<'a> {
             mirrors: mirrors(agent),
             work: agent.work_dir(build.id),
             requests: Mutex::default(),
+            availability: OnceLock::new(),
         }
     }
 

@@ -4,11 +4,12 @@
 //! the last good set again → what the failed one made is removed → verify → smoke test. What could not be seen is neither:
 //! the build ends as errored, and the environment is settled before anything else.
 
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::availability::{self, Availability};
 use super::{Ended, Line};
 use crate::builds::{BuildKind, Cause, Outcome, Stage, StageStatus, Status};
 use crate::cluster::evidence;
@@ -150,6 +151,10 @@ impl Line<'_> {
         store
             .release_is_live(self.build, release, &rolled_out.revisions)
             .await?;
+        if let Some(availability) = self.availability() {
+            let log = self.log.stage(Stage::SmokeTest);
+            log.line(format!("Release {} is live, {availability}", release.id));
+        }
         self.tidy_up(release).await;
         Ok(())
     }
@@ -193,8 +198,24 @@ impl Line<'_> {
     }
 
     async fn apply(&self, scope: &Scope<'_>, release: &Release, way: Way) -> StageResult<Applied> {
+        self.watch_availability().await?;
         let apply = async |held: Held| self.apply_held(scope, &held, release, way).await;
         self.holding(scope, Some(release), apply).await
+    }
+
+    /// From here to the end of the build, whichever it is.
+    async fn watch_availability(&self) -> anyhow::Result<()> {
+        if let Some(serving) = self.serving().await? {
+            self.availability.get_or_init(|| {
+                let config = Arc::clone(&self.agent.config);
+                availability::Watch::begin(config, &self.build.environment, &serving)
+            });
+        }
+        Ok(())
+    }
+
+    fn availability(&self) -> Option<Availability> {
+        self.availability.get()?.as_ref()?.so_far()
     }
 
     /// Works under the environment's next fence. An agent that lost the environment while it slept may have claimed the Lease
@@ -429,8 +450,11 @@ impl Line<'_> {
                     .hint
                     .clone()
                     .filter(|hint| !hint.contains("kubectl logs"));
+                let lost = self
+                    .availability()
+                    .map_or(String::new(), |availability| format!(", {availability}"));
                 let back = format!(
-                    "release {id} is back and verified; what failed is kept with this build as evidence"
+                    "release {id} is back and verified{lost}; what failed is kept with this build as evidence"
                 );
                 let cause = Cause { hint, ..cause };
                 Ok(ended(Outcome::RolledBack, with_hint(cause, Some(back))))

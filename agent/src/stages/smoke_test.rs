@@ -8,7 +8,6 @@ use std::time::Duration;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::api::ListParams;
 use tokio::time::Instant;
 
@@ -159,7 +158,7 @@ impl Tester<'_> {
                 deadline,
                 answers: 1,
             };
-            let place = pod_place(&live, pod);
+            let place = Place::of_pod(&live, pod);
             let cluster = self.cluster;
             self.repeat(&question, || proxy::get(cluster, &place, path))
                 .await?;
@@ -172,7 +171,7 @@ impl Tester<'_> {
             deadline,
             answers: SERVICE_ANSWERS,
         };
-        let (cluster, place) = (self.cluster, service_place(&live, service));
+        let (cluster, place) = (self.cluster, Place::of_service(&live));
         self.repeat(&question, || proxy::get(cluster, &place, path))
             .await
     }
@@ -428,62 +427,6 @@ fn selects_nothing(
             .object(format!("service/{service}"))
             .hint(hint),
     )
-}
-
-/// The Service's first port, and whether TLS is spoken there.
-fn port(service: &Service) -> Option<(k8s_openapi::api::core::v1::ServicePort, bool)> {
-    let ports = service.spec.as_ref()?.ports.clone().unwrap_or_default();
-    let port = ports
-        .iter()
-        .find(|port| port.name.as_deref() == Some("http"))
-        .or(ports.first())?
-        .clone();
-    let tls = port.name.as_deref() == Some("https")
-        || port.app_protocol.as_deref() == Some("https")
-        || port.port == 443;
-    Some((port, tls))
-}
-
-fn service_place(service: &Service, name: &str) -> Place {
-    let (port, tls) = port(service).map_or((80, false), |(port, tls)| (port.port, tls));
-    Place {
-        resource: "services",
-        name: name.to_owned(),
-        port: port.to_string(),
-        tls,
-    }
-}
-
-/// Where the Service's port leads in this pod.
-fn pod_place(service: &Service, pod: &Pod) -> Place {
-    let (number, tls) = match port(service) {
-        None => (80, false),
-        Some((port, tls)) => {
-            let number = match port.target_port {
-                Some(IntOrString::Int(number)) if number > 0 => number,
-                Some(IntOrString::String(name)) => named_port(pod, &name).unwrap_or(port.port),
-                _ => port.port,
-            };
-            (number, tls)
-        }
-    };
-    Place {
-        resource: "pods",
-        name: snapshot::name(pod).to_owned(),
-        port: number.to_string(),
-        tls,
-    }
-}
-
-fn named_port(pod: &Pod, name: &str) -> Option<i32> {
-    let containers = &pod.spec.as_ref()?.containers;
-    let ports = containers
-        .iter()
-        .flat_map(|container| container.ports.iter().flatten());
-    ports
-        .into_iter()
-        .find(|port| port.name.as_deref() == Some(name))
-        .map(|port| port.container_port)
 }
 
 async fn get_outside(client: &reqwest::Client, address: url::Url) -> Asked {

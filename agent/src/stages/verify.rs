@@ -71,6 +71,7 @@ pub async fn run(
                     .line(format!("{} successfully rolled out", target.display_name()));
             }
             rollout.remark(scope);
+            rollout.remark_claims(scope, release).await;
             if shown == Show::All {
                 show(scope, &cluster).await;
             }
@@ -266,6 +267,24 @@ impl Rollout<'_> {
             for remark in rollout::remarks(target, snapshot) {
                 scope.log.line(remark);
             }
+        }
+    }
+
+    /// A claim that a pod waits for fails the rollout; one that none uses only fails whoever comes to use it.
+    async fn remark_claims(&mut self, scope: &Scope<'_>, release: &Release) {
+        let claims = release
+            .objects
+            .iter()
+            .filter(|object| object["kind"] == "PersistentVolumeClaim");
+        let names: Vec<&str> = claims
+            .filter_map(|claim| claim["metadata"]["name"].as_str())
+            .collect();
+        // Not seen is nothing to remark.
+        let unbound = self.observer.unbound_claims(&names).await;
+        for (name, said) in unbound.unwrap_or_default() {
+            scope.log.line(format!(
+                "persistentvolumeclaim/{name} is not bound, and no pod of this release waits for it: {said}"
+            ));
         }
     }
 

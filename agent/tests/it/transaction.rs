@@ -70,16 +70,18 @@ async fn what_served_is_back_and_the_cause_told_when_a_release_dies_at_start() {
     let log = landfall.log(id).await;
     assert_eq!(ended(&build), ("failed", "rolled_back"), "{build:#}\n{log}");
     let cause = &build["cause"];
-    assert_eq!(cause["id"], "crash_loop");
+    assert_eq!(cause["id"], "crash_loop", "{build:#}\n{log}");
     assert!(
         cause["sentence"]
             .as_str()
             .unwrap()
             .contains("DATABASE_URL is not set"),
-        "{cause:#}"
+        "{cause:#}\n{log}"
     );
     let back = format!("release {} is back and verified", good["release_id"]);
-    assert!(cause["hint"].as_str().unwrap().contains(&back), "{cause:#}");
+    let hint = cause["hint"].as_str().unwrap();
+    assert!(hint.contains(&back), "{cause:#}");
+    assert_eq!(lost(hint), Some(0), "{cause:#}\n{log}");
     assert_eq!(build["restored_release"], good["release_id"]);
 
     assert_eq!(landfall.served("/version"), serving);
@@ -568,6 +570,36 @@ async fn a_soak_ends_when_the_next_push_waits() {
     assert_eq!(status, 202, "{answer}");
     let build = landfall.end(second).await;
     assert_eq!(ended(&build), ("passed", "live"), "{build:#}");
+}
+
+/// Of "…, 3 of 20 requests lost".
+fn lost(text: &str) -> Option<u32> {
+    let (before, _) = text.split_once(" requests lost")?;
+    let mut words = before.rsplit(' ');
+    let (requests, of, lost) = (words.next()?, words.next()?, words.next()?);
+    assert!(of == "of" && requests.parse::<u32>().unwrap() > 2, "{text}");
+    lost.parse().ok()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn requests_that_a_release_costs_are_counted_and_told() {
+    let mut landfall = Landfall::start("costs").await;
+    let site = std::fs::read_to_string(landfall.path("work/kubernetes/deployment.yaml")).unwrap();
+    // The old pods end before the new ones begin.
+    let recreated = site.replace(
+        "spec:\n  replicas",
+        "spec:\n  strategy: { type: Recreate }\n  replicas",
+    );
+    assert_ne!(recreated, site);
+    live(&mut landfall, &[("kubernetes/deployment.yaml", &recreated)]).await;
+    let slow = "sleep 4; exec httpd -f -p 5000 -h /www";
+    let build = live(&mut landfall, &[("start.sh", slow)]).await;
+    let log = landfall.log(build["id"].as_i64().unwrap()).await;
+    let told = log
+        .lines()
+        .find(|line| line.contains(" is live, "))
+        .unwrap_or_default();
+    assert!(lost(told) >= Some(2), "{log}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

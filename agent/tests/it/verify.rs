@@ -12,6 +12,7 @@ use crate::stand::{
     SERVE, Stand, cause, container, deployment, ready_when_it_answers, service, serving,
 };
 use crate::support::{agent_kubeconfig, kubectl};
+use crate::verdicts::claim;
 
 #[tokio::test]
 async fn a_good_rollout_is_complete_shown_and_answers() {
@@ -44,6 +45,15 @@ async fn a_good_rollout_is_complete_shown_and_answers() {
     ] {
         assert!(log.contains(line), "{line} is missing in {log}");
     }
+}
+
+#[tokio::test]
+async fn a_claim_that_no_pod_uses_is_told_of_and_fails_nothing() {
+    let stand = Stand::new("unused", |ns| [serving(ns), vec![claim(ns)]].concat());
+    stand.verify().await.unwrap();
+    let log = stand.log().await;
+    let told = "persistentvolumeclaim/data is not bound, and no pod of this release waits for it: no persistent volumes";
+    assert!(log.contains(told), "{log}");
 }
 
 #[tokio::test]
