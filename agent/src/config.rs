@@ -142,6 +142,10 @@ pub struct Retention {
     pub log_bytes: u64,
     /// The newest images of each repository that stay on the engine; the registry's are its own affair.
     pub images: usize,
+    /// After the end of a build that brought nothing into the cluster; and what was delivered.
+    pub build_days: u64,
+    /// So many of the newest builds, and as many deliveries.
+    pub builds: u64,
 }
 
 impl Default for Retention {
@@ -150,6 +154,8 @@ impl Default for Retention {
             log_days: 90,
             log_bytes: 10 << 30,
             images: 10,
+            build_days: 365,
+            builds: 100_000,
         }
     }
 }

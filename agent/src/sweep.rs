@@ -1,7 +1,7 @@
 //! Sweep: what nobody owns any more is taken away, at start and every minute.
 //!
 //! Work folders, test containers and test images of builds that do not run; mirrors of repositories that agent.yaml names no
-//! more; logs past their age or their sum; images of ours beyond the newest. Nothing is touched that this agent did not make: names and labels say so.
+//! more; logs past their age or their sum; images of ours beyond the newest; builds that changed nothing, long ago. Nothing is touched that this agent did not make: names and labels say so.
 
 use std::collections::HashSet;
 use std::ffi::OsString;
@@ -21,6 +21,7 @@ const EVERY: Duration = Duration::from_secs(60);
 const THOROUGH_EVERY: u64 = 60;
 /// Engines answer slowly while they build.
 const ENGINE_MAX: Duration = Duration::from_secs(60);
+const BUILDS_MIN: u64 = 1_000;
 const DAY: Millis = 24 * 60 * 60 * 1000;
 
 /// Sweeps until `shutdown` fires. What cannot be removed is tried again the next time.
@@ -44,6 +45,7 @@ async fn sweep(agent: &Agent, is_thorough: bool) {
     if is_thorough {
         report("images", images(agent).await);
         report("logs", logs(agent).await);
+        report("builds", builds(agent).await);
     }
 }
 
@@ -133,12 +135,25 @@ async fn images(agent: &Agent) -> anyhow::Result<usize> {
 
 async fn logs(agent: &Agent) -> anyhow::Result<usize> {
     let retention = &agent.config.retention;
-    let age = Millis::try_from(retention.log_days)?.saturating_mul(DAY);
-    let ended_before = now().saturating_sub(age);
+    let ended_before = days_ago(retention.log_days)?;
     agent
         .store
         .sweep_logs(ended_before, retention.log_bytes)
         .await
+}
+
+/// Some stay, whatever agent.yaml says: what was pushed before is told by them.
+async fn builds(agent: &Agent) -> anyhow::Result<usize> {
+    let retention = &agent.config.retention;
+    let kept = i64::try_from(retention.builds.max(BUILDS_MIN))?;
+    agent
+        .store
+        .sweep_builds(days_ago(retention.build_days)?, kept)
+        .await
+}
+
+fn days_ago(days: u64) -> anyhow::Result<Millis> {
+    Ok(now().saturating_sub(Millis::try_from(days)?.saturating_mul(DAY)))
 }
 
 /// Empty where the folder is missing.

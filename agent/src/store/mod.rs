@@ -14,6 +14,7 @@ mod logs;
 mod notice;
 mod releases;
 pub mod relocate;
+mod retention;
 mod seal;
 
 use std::fs::File;

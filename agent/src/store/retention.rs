@@ -1,0 +1,180 @@
+//! Retention: builds that brought nothing into the cluster, and what was delivered, go after their time.
+//!
+//! Whatever a release hangs on stays: history, undo and pruning ask for it.
+
+use std::collections::HashSet;
+
+use super::Store;
+use super::dialect::on;
+use crate::builds::Millis;
+
+/// Of one transaction: a delivery that comes meanwhile waits for it.
+const AT_ONCE: i64 = 200;
+
+impl Store {
+    /// Removes builds that ended before a moment or are not among the newest so many, with their logs, unless they planned a
+    /// release or stand for the head of their branch; and deliveries that came before it or are not among the newest so many.
+    /// Of how many builds nothing is left.
+    pub async fn sweep_builds(
+        &self,
+        ended_before: Millis,
+        newest_kept: i64,
+    ) -> anyhow::Result<usize> {
+        self.sweep_deliveries(ended_before, newest_kept).await?;
+        let newest: Option<i64> = on!(&self.main, pool => sqlx::query_scalar("SELECT MAX(id) FROM builds").fetch_one(pool).await?);
+        let too_many = newest.unwrap_or(0) - newest_kept;
+        let (heads, commits) = self.heads().await?;
+        let (mut swept, mut after) = (0, 0);
+        loop {
+            let ended: Vec<(i64, String, String)> = on!(&self.main, pool => sqlx::query_as(
+                    "SELECT id, environment, commit_id FROM builds WHERE id > $1 AND release_id IS NULL AND finished_at IS NOT NULL \
+                     AND (finished_at < $2 OR id <= $3) ORDER BY id LIMIT $4")
+                .bind(after).bind(ended_before).bind(too_many).bind(AT_ONCE).fetch_all(pool).await?);
+            let Some((last, ..)) = ended.last() else {
+                return Ok(swept);
+            };
+            after = *last;
+            let gone = ended.into_iter().filter_map(|(id, environment, commit)| {
+                let is_head = heads.contains(&id) || commits.contains(&(environment, commit));
+                (!is_head).then_some(id)
+            });
+            let gone: Vec<i64> = gone.collect();
+            self.forget(&gone).await?;
+            swept += gone.len();
+        }
+    }
+
+    /// Of each branch in each environment the newest push, and the commit at which it stands.
+    async fn heads(&self) -> anyhow::Result<(HashSet<i64>, HashSet<(String, String)>)> {
+        let branches: Vec<(String, String, i64)> = on!(&self.main, pool => sqlx::query_as(
+                "SELECT environment, branch, MAX(id) FROM builds WHERE kind = 'push' GROUP BY environment, branch")
+            .fetch_all(pool).await?);
+        let (mut heads, mut commits) = (HashSet::new(), HashSet::new());
+        for (environment, branch, newest) in branches {
+            heads.insert(newest);
+            let commit = self.newest_push(&environment, &branch).await?;
+            commits.extend(commit.map(|commit| (environment, commit)));
+        }
+        Ok((heads, commits))
+    }
+
+    async fn forget(&self, builds: &[i64]) -> anyhow::Result<()> {
+        if builds.is_empty() {
+            return Ok(());
+        }
+        // Without its build nobody would remove a log.
+        on!(&self.logs, pool => delete(builds, "log_chunks", "build_id").build().execute(pool).await?.rows_affected());
+        on!(&self.main, pool, BEGIN, _lock => {
+            let mut tx = pool.begin_with(BEGIN).await?;
+            for table in ["stages", "evidence", "build_objects", "github_outbox"] {
+                delete(builds, table, "build_id").build().execute(&mut *tx).await?;
+            }
+            delete(builds, "builds", "id").build().execute(&mut *tx).await?;
+            tx.commit().await?;
+        });
+        Ok(())
+    }
+
+    async fn sweep_deliveries(&self, before: Millis, newest_kept: i64) -> anyhow::Result<()> {
+        let newest: Option<i64> = on!(&self.main, pool => sqlx::query_scalar("SELECT MAX(id) FROM deliveries").fetch_one(pool).await?);
+        let too_many = newest.unwrap_or(0) - newest_kept;
+        loop {
+            // By their numbers, which come in the order of time: no body is read.
+            let oldest: Vec<(i64, Millis)> = on!(&self.main, pool => sqlx::query_as(
+                    "SELECT id, received_at FROM deliveries ORDER BY id LIMIT $1")
+                .bind(AT_ONCE).fetch_all(pool).await?);
+            let gone: Vec<i64> = oldest
+                .iter()
+                .take_while(|(id, at)| *at < before || *id <= too_many)
+                .map(|(id, _)| *id)
+                .collect();
+            if gone.is_empty() {
+                return Ok(());
+            }
+            on!(&self.main, pool => delete(&gone, "deliveries", "id").build().execute(pool).await?.rows_affected());
+        }
+    }
+}
+
+fn delete<DB>(ids: &[i64], table: &str, column: &str) -> sqlx::QueryBuilder<DB>
+where
+    DB: sqlx::Database,
+    i64: for<'q> sqlx::Encode<'q, DB> + sqlx::Type<DB>,
+{
+    let mut delete = sqlx::QueryBuilder::new(format!("DELETE FROM {table} WHERE {column} IN ("));
+    let mut list = delete.separated(", ");
+    for id in ids {
+        list.push_bind(*id);
+    }
+    delete.push(")");
+    delete
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::build_log::LogLine;
+    use crate::builds::{BuildKind, Outcome, Push, Stage, Status};
+
+    #[tokio::test]
+    async fn builds_that_changed_nothing_go_and_what_stands_for_something_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path(), None).await.unwrap();
+        on!(&store.main, pool => { sqlx::query("INSERT INTO environments (name) VALUES ('hello')").execute(pool).await.unwrap(); });
+        let mut ids = Vec::new();
+        for after in ["a", "b", "c", "d"] {
+            let push = Push {
+                repository_id: None,
+                repository: "acme/hello".to_owned(),
+                branch: "main".to_owned(),
+                before: String::new(),
+                after: after.to_owned(),
+                pusher: String::new(),
+                title: String::new(),
+                pushed_at: None,
+            };
+            let id = store
+                .enqueue("hello", &push, BuildKind::Push)
+                .await
+                .unwrap();
+            ids.push(id);
+            let line = LogLine {
+                stage: Stage::Test,
+                at: 0,
+                bytes: vec![b'x'; 100],
+            };
+            store.append_log(id, 1, &[line]).await.unwrap();
+            if after == "d" {
+                continue;
+            }
+            let build = store.claim("us", false).await.unwrap().unwrap();
+            if after == "b" {
+                on!(&store.main, pool => { sqlx::query("UPDATE builds SET release_id = 7 WHERE id = $1").bind(id).execute(pool).await.unwrap(); });
+            }
+            store
+                .finish(&build, Status::Failed, Outcome::Unchanged, None)
+                .await
+                .unwrap();
+        }
+        assert_eq!(store.sweep_builds(0, 100).await.unwrap(), 0);
+        // #1 is over the number, #2 planned a release.
+        assert_eq!(store.sweep_builds(0, 2).await.unwrap(), 1);
+        assert!(store.build(ids[0]).await.unwrap().is_none());
+        assert_eq!(store.log_end(ids[0]).await.unwrap().1, 0);
+        // #4 waits.
+        assert_eq!(store.sweep_builds(i64::MAX, 100).await.unwrap(), 1);
+        for (id, stays) in ids.iter().zip([false, true, false, true]) {
+            assert_eq!(store.build(*id).await.unwrap().is_some(), stays, "#{id}");
+        }
+        let build = store.claim("us", false).await.unwrap().unwrap();
+        store
+            .finish(&build, Status::Failed, Outcome::Unchanged, None)
+            .await
+            .unwrap();
+        assert_eq!(
+            store.sweep_builds(i64::MAX, 0).await.unwrap(),
+            0,
+            "the head of its branch stays"
+        );
+    }
+}
