@@ -16,6 +16,7 @@ mod image;
 mod intake;
 mod landfall;
 mod line;
+mod outside;
 mod post_receive;
 mod postgres;
 mod registry_proxy;

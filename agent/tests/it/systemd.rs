@@ -1,12 +1,16 @@
 //! The agent under systemd: its units are right, its socket is handed down, and it says when it is ready.
 
 use std::fs;
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use crate::landfall::free_port;
+use crate::landfall::{ZERO, free_port, push_payload, try_deliver};
 use crate::support::eventually;
 
 const UNITS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/systemd");
@@ -85,4 +89,73 @@ async fn a_socket_of_systemd_is_taken_and_readiness_is_told() {
     assert!(Command::new("kill").arg(&pid).status().unwrap().success());
     said("STOPPING=1").await;
     assert!(agent.wait().unwrap().success());
+}
+
+/// As systemd starts a service: the socket is the third open file, and stays open when the service ends.
+fn start_with(socket: &TcpListener, folder: &Path) -> Child {
+    let third =
+        "exec 3<&0 < /dev/null; LISTEN_FDS=1 LISTEN_PID=$$ exec \"$0\" serve --config agent.yaml";
+    let log = fs::File::options()
+        .create(true)
+        .append(true)
+        .open(folder.join("log"))
+        .unwrap();
+    Command::new("bash")
+        .args(["-c", third, env!("CARGO_BIN_EXE_landfall")])
+        .current_dir(folder)
+        .stdin(OwnedFd::from(socket.try_clone().unwrap()))
+        .stdout(log.try_clone().unwrap())
+        .stderr(log)
+        .spawn()
+        .unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_delivery_meets_a_closed_port_while_the_agent_restarts() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = socket.local_addr().unwrap().port();
+    let config = crate::intake::agent_yaml(port);
+    fs::write(folder.path().join("agent.yaml"), config).unwrap();
+    let mut agent = start_with(&socket, folder.path());
+    let end = Arc::new(AtomicBool::new(false));
+    let github = tokio::spawn({
+        let (end, url) = (Arc::clone(&end), format!("http://127.0.0.1:{port}/webhook"));
+        async move {
+            // A connection for each, as GitHub's do; it waits for ten seconds.
+            let http = reqwest::Client::builder()
+                .no_proxy()
+                .pool_max_idle_per_host(0)
+                .timeout(Duration::from_secs(10))
+                .build()
+                .unwrap();
+            let mut answers = Vec::new();
+            while !end.load(Ordering::Relaxed) {
+                let after = format!("{:040x}", answers.len() + 1);
+                let payload = push_payload("acme/hello", "refs/heads/main", ZERO, &after);
+                let answer = try_deliver(&http, &url, &payload).await;
+                answers.push(answer.map(|(status, _)| status));
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            answers
+        }
+    });
+    for _ in 0..3 {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let stopped = Command::new("kill").arg(agent.id().to_string()).status();
+        assert!(stopped.unwrap().success() && agent.wait().unwrap().success());
+        agent = start_with(&socket, folder.path());
+    }
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    end.store(true, Ordering::Relaxed);
+    let answers = github.await.unwrap();
+    agent.kill().unwrap();
+    agent.wait().unwrap();
+    let log = fs::read_to_string(folder.path().join("log")).unwrap();
+    assert!(answers.len() > 20, "{answers:?}\n{log}");
+    let others: Vec<_> = answers
+        .iter()
+        .filter(|answer| **answer != Some(202))
+        .collect();
+    assert!(others.is_empty(), "{others:?} of {}\n{log}", answers.len());
 }
