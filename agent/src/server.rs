@@ -38,6 +38,8 @@ const CONNECTIONS_MAX: u64 = 12_000;
 const FILES_KEPT: u64 = 256;
 /// How long open requests may go on once the agent stops.
 const DRAIN: Duration = Duration::from_secs(5);
+/// Who was accepted a moment ago has not said anything yet, and would be hung up on.
+const FIRST_WORDS: Duration = Duration::from_millis(200);
 
 /// Page, API and, where it has no listener of its own, the webhook.
 pub fn routes(app: App) -> Router {
@@ -148,6 +150,9 @@ pub async fn serve(
             drop(permit);
         });
     }
+    // Who comes now is for the next agent, where the socket is systemd's.
+    drop(listener);
+    tokio::time::sleep(FIRST_WORDS).await;
     let _ = tokio::time::timeout(DRAIN, graceful.shutdown()).await;
 }
 
