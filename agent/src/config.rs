@@ -142,9 +142,9 @@ pub struct Retention {
     pub log_bytes: u64,
     /// The newest images of each repository that stay on the engine; the registry's are its own affair.
     pub images: usize,
-    /// After the end of a build that brought nothing into the cluster; and what was delivered.
+    /// Of builds that were superseded or skipped, and of what was delivered; never less than a week.
     pub build_days: u64,
-    /// So many of the newest builds, and as many deliveries.
+    /// Beyond so many of the newest such builds and deliveries go too, once they are a week old.
     pub builds: u64,
 }
 

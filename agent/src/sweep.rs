@@ -1,7 +1,7 @@
 //! Sweep: what nobody owns any more is taken away, at start and every minute.
 //!
 //! Work folders, test containers and test images of builds that do not run; mirrors of repositories that agent.yaml names no
-//! more; logs past their age or their sum; images of ours beyond the newest; builds that changed nothing, long ago. Nothing is touched that this agent did not make: names and labels say so.
+//! more; logs past their age or their sum; images of ours beyond the newest; builds that were never built, long ago. Nothing is touched that this agent did not make: names and labels say so.
 
 use std::collections::HashSet;
 use std::ffi::OsString;
@@ -21,7 +21,7 @@ const EVERY: Duration = Duration::from_secs(60);
 const THOROUGH_EVERY: u64 = 60;
 /// Engines answer slowly while they build.
 const ENGINE_MAX: Duration = Duration::from_secs(60);
-const BUILDS_MIN: u64 = 1_000;
+const YOUNG_DAYS: u64 = 7;
 const DAY: Millis = 24 * 60 * 60 * 1000;
 
 /// Sweeps until `shutdown` fires. What cannot be removed is tried again the next time.
@@ -142,14 +142,12 @@ async fn logs(agent: &Agent) -> anyhow::Result<usize> {
         .await
 }
 
-/// Some stay, whatever agent.yaml says: what was pushed before is told by them.
+/// What is young stays, whatever agent.yaml says: GitHub may send it again, and may not have been told of it.
 async fn builds(agent: &Agent) -> anyhow::Result<usize> {
     let retention = &agent.config.retention;
-    let kept = i64::try_from(retention.builds.max(BUILDS_MIN))?;
-    agent
-        .store
-        .sweep_builds(days_ago(retention.build_days)?, kept)
-        .await
+    let (before, young) = (days_ago(retention.build_days)?, days_ago(YOUNG_DAYS)?);
+    let kept = i64::try_from(retention.builds)?;
+    agent.store.sweep_builds(before, kept, young).await
 }
 
 fn days_ago(days: u64) -> anyhow::Result<Millis> {

@@ -4,6 +4,7 @@
 //! busy, and ends as `Trouble`: the author's to mend, or ours.
 
 pub mod apply;
+pub mod availability;
 mod container_signs;
 pub mod diagnose;
 pub mod diff;

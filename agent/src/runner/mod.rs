@@ -4,15 +4,15 @@
 //! done and what its baton names still exists, so a fresh build and a resumed one are the same function and no stage knows
 //! of crashes. Never calls GitHub, never answers a request.
 
-mod availability;
 mod transaction;
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 
 use anyhow::Context;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::sync::OnceCell;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -20,6 +20,7 @@ use crate::build_log::{BuildLog, FLUSH_EVERY, Masker, StageLog};
 use crate::builds::{
     Build, BuildKind, Cause, Outcome, Stage, StageStatus, Status, human_duration, now, short,
 };
+use crate::cluster::availability;
 use crate::config::{Config, Environment};
 use crate::manifests::secret_values;
 use crate::release::{Evidence, Release};
@@ -264,8 +265,8 @@ struct Line<'a> {
     work: PathBuf,
     /// Answers to the smoke test's requests that failed, until they are kept with the rest of the evidence.
     requests: Mutex<Vec<Evidence>>,
-    /// Since the first mutation of a release over one that serves.
-    availability: OnceLock<Option<availability::Watch>>,
+    /// Since before the first mutation of a release over one that serves.
+    availability: OnceCell<Option<availability::Watch>>,
 }
 
 impl<'a> Line<'a> {
@@ -285,7 +286,7 @@ impl<'a> Line<'a> {
             mirrors: mirrors(agent),
             work: agent.work_dir(build.id),
             requests: Mutex::default(),
-            availability: OnceLock::new(),
+            availability: OnceCell::new(),
         }
     }
 

@@ -4,14 +4,14 @@
 //! the last good set again → what the failed one made is removed → verify → smoke test. What could not be seen is neither:
 //! the build ends as errored, and the environment is settled before anything else.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::PoisonError;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::availability::{self, Availability};
 use super::{Ended, Line};
 use crate::builds::{BuildKind, Cause, Outcome, Stage, StageStatus, Status};
+use crate::cluster::availability::{self, Availability};
 use crate::cluster::evidence;
 use crate::cluster::lease::{Held, LeaseTaken};
 use crate::cluster::snapshot::Target;
@@ -198,24 +198,26 @@ impl Line<'_> {
     }
 
     async fn apply(&self, scope: &Scope<'_>, release: &Release, way: Way) -> StageResult<Applied> {
-        self.watch_availability().await?;
+        self.watch_availability().await;
         let apply = async |held: Held| self.apply_held(scope, &held, release, way).await;
         self.holding(scope, Some(release), apply).await
     }
 
-    /// From here to the end of the build, whichever it is.
-    async fn watch_availability(&self) -> anyhow::Result<()> {
-        if let Some(serving) = self.serving().await? {
-            self.availability.get_or_init(|| {
-                let config = Arc::clone(&self.agent.config);
-                availability::Watch::begin(config, &self.build.environment, &serving)
-            });
+    /// From here to the end of the build, whichever it is. Nothing is said of what an earlier attempt may have cost, nor of a
+    /// release that cannot be read.
+    async fn watch_availability(&self) {
+        if self.build.attempt > 1 {
+            return;
         }
-        Ok(())
+        let begin = async {
+            let serving = self.serving().await.ok().flatten()?;
+            availability::Watch::begin(self.environment, &serving).await
+        };
+        self.availability.get_or_init(|| Box::pin(begin)).await;
     }
 
     fn availability(&self) -> Option<Availability> {
-        self.availability.get()?.as_ref()?.so_far()
+        Some(self.availability.get()?.as_ref()?.so_far())
     }
 
     /// Works under the environment's next fence. An agent that lost the environment while it slept may have claimed the Lease

@@ -282,8 +282,12 @@ impl Rollout<'_> {
         // Not seen is nothing to remark.
         let unbound = self.observer.unbound_claims(&names).await;
         for (name, said) in unbound.unwrap_or_default() {
+            let said = match said.as_str() {
+                "" => said,
+                said => format!(": {said}"),
+            };
             scope.log.line(format!(
-                "persistentvolumeclaim/{name} is not bound, and no pod of this release waits for it: {said}"
+                "persistentvolumeclaim/{name} is not bound, and no pod of this release waits for it{said}"
             ));
         }
     }

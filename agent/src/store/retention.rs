@@ -1,6 +1,6 @@
-//! Retention: builds that brought nothing into the cluster, and what was delivered, go after their time.
+//! Retention: builds that were superseded or skipped, and what was delivered, go after their time.
 //!
-//! Whatever a release hangs on stays: history, undo and pruning ask for it.
+//! All others stay: history, undo and pruning ask for releases, and a commit that failed must not be forgotten.
 
 use std::collections::HashSet;
 
@@ -12,24 +12,25 @@ use crate::builds::Millis;
 const AT_ONCE: i64 = 200;
 
 impl Store {
-    /// Removes builds that ended before a moment or are not among the newest so many, with their logs, unless they planned a
-    /// release or stand for the head of their branch; and deliveries that came before it or are not among the newest so many.
-    /// Of how many builds nothing is left.
+    /// Removes builds that were superseded or skipped, with their logs, and deliveries: those before a moment, and those that
+    /// are not among the newest so many; but nothing that is `young`, nor what stands for the head of a branch. How many builds.
     pub async fn sweep_builds(
         &self,
-        ended_before: Millis,
+        before: Millis,
         newest_kept: i64,
+        young: Millis,
     ) -> anyhow::Result<usize> {
-        self.sweep_deliveries(ended_before, newest_kept).await?;
+        let before = before.min(young);
+        self.sweep_deliveries(before, newest_kept, young).await?;
         let newest: Option<i64> = on!(&self.main, pool => sqlx::query_scalar("SELECT MAX(id) FROM builds").fetch_one(pool).await?);
         let too_many = newest.unwrap_or(0) - newest_kept;
         let (heads, commits) = self.heads().await?;
         let (mut swept, mut after) = (0, 0);
         loop {
             let ended: Vec<(i64, String, String)> = on!(&self.main, pool => sqlx::query_as(
-                    "SELECT id, environment, commit_id FROM builds WHERE id > $1 AND release_id IS NULL AND finished_at IS NOT NULL \
-                     AND (finished_at < $2 OR id <= $3) ORDER BY id LIMIT $4")
-                .bind(after).bind(ended_before).bind(too_many).bind(AT_ONCE).fetch_all(pool).await?);
+                    "SELECT id, environment, commit_id FROM builds WHERE id > $1 AND status IN ('superseded', 'skipped') \
+                     AND (finished_at < $2 OR id <= $3 AND finished_at < $4) ORDER BY id LIMIT $5")
+                .bind(after).bind(before).bind(too_many).bind(young).bind(AT_ONCE).fetch_all(pool).await?);
             let Some((last, ..)) = ended.last() else {
                 return Ok(swept);
             };
@@ -75,7 +76,12 @@ impl Store {
         Ok(())
     }
 
-    async fn sweep_deliveries(&self, before: Millis, newest_kept: i64) -> anyhow::Result<()> {
+    async fn sweep_deliveries(
+        &self,
+        before: Millis,
+        newest_kept: i64,
+        young: Millis,
+    ) -> anyhow::Result<()> {
         let newest: Option<i64> = on!(&self.main, pool => sqlx::query_scalar("SELECT MAX(id) FROM deliveries").fetch_one(pool).await?);
         let too_many = newest.unwrap_or(0) - newest_kept;
         loop {
@@ -85,7 +91,7 @@ impl Store {
                 .bind(AT_ONCE).fetch_all(pool).await?);
             let gone: Vec<i64> = oldest
                 .iter()
-                .take_while(|(id, at)| *at < before || *id <= too_many)
+                .take_while(|(id, at)| *at < before || *id <= too_many && *at < young)
                 .map(|(id, _)| *id)
                 .collect();
             if gone.is_empty() {
@@ -117,12 +123,17 @@ mod tests {
     use crate::builds::{BuildKind, Outcome, Push, Stage, Status};
 
     #[tokio::test]
-    async fn builds_that_changed_nothing_go_and_what_stands_for_something_stays() {
+    async fn builds_that_were_never_built_go_and_what_stands_for_something_stays() {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(folder.path(), None).await.unwrap();
         on!(&store.main, pool => { sqlx::query("INSERT INTO environments (name) VALUES ('hello')").execute(pool).await.unwrap(); });
         let mut ids = Vec::new();
-        for after in ["a", "b", "c", "d"] {
+        for (after, status) in [
+            ("a", Status::Skipped),
+            ("b", Status::Failed),
+            ("c", Status::Skipped),
+            ("d", Status::Skipped),
+        ] {
             let push = Push {
                 repository_id: None,
                 repository: "acme/hello".to_owned(),
@@ -144,37 +155,34 @@ mod tests {
                 bytes: vec![b'x'; 100],
             };
             store.append_log(id, 1, &[line]).await.unwrap();
-            if after == "d" {
-                continue;
-            }
             let build = store.claim("us", false).await.unwrap().unwrap();
-            if after == "b" {
-                on!(&store.main, pool => { sqlx::query("UPDATE builds SET release_id = 7 WHERE id = $1").bind(id).execute(pool).await.unwrap(); });
-            }
             store
-                .finish(&build, Status::Failed, Outcome::Unchanged, None)
+                .finish(&build, status, Outcome::Unchanged, None)
                 .await
                 .unwrap();
         }
-        assert_eq!(store.sweep_builds(0, 100).await.unwrap(), 0);
-        // #1 is over the number, #2 planned a release.
-        assert_eq!(store.sweep_builds(0, 2).await.unwrap(), 1);
+        let (never, now) = (0, i64::MAX);
+        assert_eq!(
+            store.sweep_builds(now, 0, never).await.unwrap(),
+            0,
+            "all are young"
+        );
+        assert_eq!(store.sweep_builds(never, 100, now).await.unwrap(), 0);
+        assert_eq!(
+            store.sweep_builds(never, 3, now).await.unwrap(),
+            1,
+            "#1 is one too many"
+        );
         assert!(store.build(ids[0]).await.unwrap().is_none());
         assert_eq!(store.log_end(ids[0]).await.unwrap().1, 0);
-        // #4 waits.
-        assert_eq!(store.sweep_builds(i64::MAX, 100).await.unwrap(), 1);
+        assert_eq!(
+            store.sweep_builds(now, 100, now).await.unwrap(),
+            1,
+            "#3 is old"
+        );
+        // What failed, and the head of the branch.
         for (id, stays) in ids.iter().zip([false, true, false, true]) {
             assert_eq!(store.build(*id).await.unwrap().is_some(), stays, "#{id}");
         }
-        let build = store.claim("us", false).await.unwrap().unwrap();
-        store
-            .finish(&build, Status::Failed, Outcome::Unchanged, None)
-            .await
-            .unwrap();
-        assert_eq!(
-            store.sweep_builds(i64::MAX, 0).await.unwrap(),
-            0,
-            "the head of its branch stays"
-        );
     }
 }

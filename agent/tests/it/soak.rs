@@ -44,7 +44,7 @@ async fn no_verdict_is_wrong() {
         match judged {
             Ok(right) => {
                 figure.took.push(right.seconds);
-                figure.late += usize::from(!right.in_time(1.0));
+                figure.late += usize::from(!right.in_time(0.0));
             }
             Err(why) => figure.wrong.push(why),
         }
