@@ -87,15 +87,15 @@ scenarios! {
 
     // Readiness.
     a_port_where_nobody_listens_is_named
-        |ns| probed(ns, "sleep 600"), OutOfTime("probe_refused", "connection refused", 8);
+        |ns| probed(ns, "sleep 600"), OutOfTime("probe_refused", "connection refused", 20);
     a_program_that_listens_elsewhere_is_told_where
         |ns| changed(probed(ns, &SERVE.replace("8080", "9090")), |it| crate::stand::container(it)["ports"] = json!([{"containerPort": 8080}, {"containerPort": 9090}])),
-        OutOfTime("listens_elsewhere", "it listens on port 9090", 8);
+        OutOfTime("listens_elsewhere", "it listens on port 9090", 20);
     a_path_that_answers_404_to_its_probe_is_named
         |ns| web(ns, SERVE, |c| c["readinessProbe"] = json!({"httpGet": {"path": "/nothing", "port": 8080}, "periodSeconds": 1})),
-        OutOfTime("probe_wrong_status", "statuscode: 404", 8);
+        OutOfTime("probe_wrong_status", "statuscode: 404", 20);
     a_program_that_does_not_answer_its_probe_is_named
-        |ns| probed(ns, "exec nc -ll -p 8080 -e sleep 60"), OutOfTime("probe_time_out", "does not become ready", 10);
+        |ns| probed(ns, "exec nc -ll -p 8080 -e sleep 60"), OutOfTime("probe_time_out", "does not become ready", 20);
     a_slow_start_is_never_a_failure
         |ns| probed(ns, &format!("sleep 20; {SERVE}")), Well;
 
@@ -110,7 +110,7 @@ scenarios! {
     a_missing_secret_to_mount_is_named
         |ns| with_volume(ns, &json!({"secret": {"secretName": "nosuchsecret"}})), Failed("secret_missing", "secret \"nosuchsecret\" not found", 10);
     a_volume_that_cannot_be_mounted_is_named
-        |ns| with_volume(ns, &json!({"hostPath": {"path": "/nosuchfolder", "type": "Directory"}})), OutOfTime("mount_failed", "/nosuchfolder", 8);
+        |ns| with_volume(ns, &json!({"hostPath": {"path": "/nosuchfolder", "type": "Directory"}})), OutOfTime("mount_failed", "/nosuchfolder", 20);
     a_claim_that_no_volume_fits_is_named
         |ns| [vec![claim(ns)], with_volume(ns, &json!({"persistentVolumeClaim": {"claimName": "data"}}))].concat(),
         OutOfTime("pvc_not_bound", "unbound immediate PersistentVolumeClaims", 8);
