@@ -129,21 +129,8 @@ async fn open(path: &Path) -> anyhow::Result<SqliteConnection> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::builds::{BuildKind, Push};
-    use crate::store::Store;
-
-    fn push(after: &str) -> Push {
-        Push {
-            repository_id: None,
-            repository: "acme/hello".to_owned(),
-            branch: "main".to_owned(),
-            before: String::new(),
-            after: after.to_owned(),
-            pusher: String::new(),
-            title: String::new(),
-            pushed_at: None,
-        }
-    }
+    use crate::builds::BuildKind;
+    use crate::store::{Store, pushed};
 
     async fn builds(data_dir: &Path) -> usize {
         let store = Store::open(data_dir, None).await.unwrap();
@@ -160,14 +147,14 @@ mod tests {
         let (data, copy) = (folder.path().join("data"), folder.path().join("copy"));
         let store = Store::open(&data, None).await.unwrap();
         store
-            .enqueue("hello", &push("a"), BuildKind::Push)
+            .enqueue("hello", &pushed("a"), BuildKind::Push)
             .await
             .unwrap();
         backup(&data, &copy).await.unwrap();
         let again = backup(&data, &copy).await.unwrap_err();
         assert!(again.to_string().contains("is not empty"), "{again:#}");
         store
-            .enqueue("hello", &push("b"), BuildKind::Push)
+            .enqueue("hello", &pushed("b"), BuildKind::Push)
             .await
             .unwrap();
         let in_use = restore(&copy, &data).await.unwrap_err();

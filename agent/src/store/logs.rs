@@ -153,22 +153,14 @@ fn chunks(lines: &[LogLine]) -> Vec<&[LogLine]> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::builds::{BuildKind, Outcome, Push, Status};
+    use crate::builds::{BuildKind, Outcome, Status};
+    use crate::store::pushed;
 
     #[tokio::test]
     async fn old_logs_go_first_and_those_of_running_builds_stay() {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(folder.path(), None).await.unwrap();
-        let push = Push {
-            repository_id: None,
-            repository: "acme/hello".to_owned(),
-            branch: "main".to_owned(),
-            before: String::new(),
-            after: "a".to_owned(),
-            pusher: String::new(),
-            title: String::new(),
-            pushed_at: None,
-        };
+        let push = pushed("a");
         on!(&store.main, pool => { sqlx::query("INSERT INTO environments (name) VALUES ('one'), ('two'), ('three')").execute(pool).await.unwrap(); });
         for environment in ["one", "two", "three"] {
             let id = store

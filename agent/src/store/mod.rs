@@ -156,3 +156,18 @@ pub fn make_private_dir(path: &Path) -> anyhow::Result<()> {
 
 #[cfg(test)]
 mod model;
+
+/// A push to `main` of which only the commit matters.
+#[cfg(test)]
+fn pushed(after: &str) -> crate::builds::Push {
+    crate::builds::Push {
+        repository_id: None,
+        repository: "acme/hello".to_owned(),
+        branch: "main".to_owned(),
+        before: String::new(),
+        after: after.to_owned(),
+        pusher: String::new(),
+        title: String::new(),
+        pushed_at: None,
+    }
+}

@@ -67,7 +67,8 @@ impl Store {
         on!(&self.logs, pool => delete(builds, "log_chunks", "build_id").build().execute(pool).await?.rows_affected());
         on!(&self.main, pool, BEGIN, _lock => {
             let mut tx = pool.begin_with(BEGIN).await?;
-            for table in ["stages", "evidence", "build_objects", "github_outbox"] {
+            // What was never built has applied nothing, and left no evidence.
+            for table in ["stages", "github_outbox"] {
                 delete(builds, table, "build_id").build().execute(&mut *tx).await?;
             }
             delete(builds, "builds", "id").build().execute(&mut *tx).await?;
@@ -120,7 +121,8 @@ where
 mod tests {
     use super::*;
     use crate::build_log::LogLine;
-    use crate::builds::{BuildKind, Outcome, Push, Stage, Status};
+    use crate::builds::{BuildKind, Outcome, Stage, Status};
+    use crate::store::pushed;
 
     #[tokio::test]
     async fn builds_that_were_never_built_go_and_what_stands_for_something_stays() {
@@ -134,16 +136,7 @@ mod tests {
             ("c", Status::Skipped),
             ("d", Status::Skipped),
         ] {
-            let push = Push {
-                repository_id: None,
-                repository: "acme/hello".to_owned(),
-                branch: "main".to_owned(),
-                before: String::new(),
-                after: after.to_owned(),
-                pusher: String::new(),
-                title: String::new(),
-                pushed_at: None,
-            };
+            let push = pushed(after);
             let id = store
                 .enqueue("hello", &push, BuildKind::Push)
                 .await
