@@ -109,6 +109,14 @@ class Steps extends Block {
     }
     void echo(String text) { println text }
     void script(Closure body) { fill(body) }
+    void retry(int times, Closure body) {
+        try { fill(body) }
+        catch (StepFailed why) {
+            if (times <= 1) throw why
+            println "[retry] $why.message"
+            retry(times - 1, body)
+        }
+    }
     Map checkout(Object scm) { build.checkout() }
 }
 
@@ -117,9 +125,10 @@ class Post extends Block {
     void always(Closure body) { bodies.always = body }
     void success(Closure body) { bodies.success = body }
     void failure(Closure body) { bodies.failure = body }
+    void unsuccessful(Closure body) { bodies.unsuccessful = body }
     /** False where a step of it failed. */
     boolean run(boolean passed) {
-        ['always', passed ? 'success' : 'failure'].findAll { bodies[it] }.every {
+        (['always'] + (passed ? ['success'] : ['failure', 'unsuccessful'])).findAll { bodies[it] }.every {
             try { new Steps(build: build).fill(bodies[it]); true }
             catch (StepFailed why) { println "[post $it] $why.message"; false }
         }
