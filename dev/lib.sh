@@ -39,11 +39,40 @@ install() {
     fi
 }
 
+readonly go_version_min=1.25
+
+# What listens on this machine is asked without the proxy.
+export no_proxy=127.0.0.1,localhost${no_proxy:+,$no_proxy}
+export NO_PROXY=$no_proxy
+
+# The compilers, and what they need besides; a fresh machine has the former.
+need_compilers() {
+    have cargo || fail "Rust is missing" "install Rust 1.94 or later from https://rustup.rs"
+    have go || fail "Go is missing" "install Go $go_version_min or later from https://go.dev/dl/ and put its bin folder on PATH"
+    local version
+    version=$(go env GOVERSION)
+    printf '%s\n%s\n' "$go_version_min" "${version#go}" | sort -V -C || fail "Go ${version#go} is too old" "install Go $go_version_min or later from https://go.dev/dl/"
+    have cc || install build-essential
+    have pkg-config || install pkg-config
+    pkg-config --exists openssl || install libssl-dev
+}
+
 # need_free_port PORT VARIABLE: fails where something listens on 127.0.0.1:PORT, and names the variable that moves it.
 need_free_port() {
     if (exec 3<> "/dev/tcp/127.0.0.1/$1") 2> /dev/null; then
         fail "port $1 on 127.0.0.1 is in use" "end what listens there, or move ours: $2=<another port>"
     fi
+}
+
+# Microseconds since 1970.
+now() { echo "${EPOCHREALTIME/[.,]/}"; }
+
+# serve WORK PORT: starts `$bin/landfall serve` on WORK/agent.yaml and waits until it is ready; its process is then $agent, and in $pids.
+serve() {
+    RUST_LOG=warn "$bin/landfall" serve --config "$1/agent.yaml" >> "$1/agent.log" 2>&1 < /dev/null &
+    agent=$!
+    pids+=("$agent")
+    until curl -fs -o /dev/null "http://127.0.0.1:$2/readyz"; do kill -0 "$agent"; done
 }
 
 declare -gA begun=() # name → pid

@@ -28,7 +28,7 @@ hash_of_inputs() {
 }
 
 build_programs() {
-    have go || fail "Go is missing: the embedded cluster is built from source" "install Go 1.24 or later from https://go.dev/dl/ and put its bin folder on PATH"
+    have go || fail "Go is missing: the embedded cluster is built from source" "install Go 1.25 or later from https://go.dev/dl/ and put its bin folder on PATH"
     # A compiler that seldom collects its garbage is done an eighth sooner, for half a gigabyte more.
     export CGO_ENABLED=0 GOWORK=off GOFLAGS=-buildvcs=false GOGC=400
     local version=k8s.io/component-base/version
