@@ -604,6 +604,10 @@ impl Environment {
             "`clone_url` holds a password: use `clone_token`"
         );
         anyhow::ensure!(
+            scheme == "ssh" || !url_has_user(&self.clone_url),
+            "`clone_url` holds a user name, which may be a token and is shown in logs: use `clone_token`"
+        );
+        anyhow::ensure!(
             !self.image_prefix.is_empty() && !self.image_prefix.ends_with('/'),
             "`image_prefix` must not be empty or end with '/'"
         );
@@ -685,11 +689,15 @@ pub fn no_color() -> bool {
         || std::env::var_os("TERM").is_some_and(|value| value == "dumb")
 }
 
+fn url_has_user(url: &str) -> bool {
+    url::Url::parse(url).is_ok_and(|url| !url.username().is_empty())
+}
+
 fn url_has_password(url: &str) -> bool {
     url::Url::parse(url).is_ok_and(|url| url.password().is_some())
 }
 
-fn is_loopback_url(url: &str) -> bool {
+pub fn is_loopback_url(url: &str) -> bool {
     match url::Url::parse(url).as_ref().map(url::Url::host) {
         Ok(Some(url::Host::Ipv4(ip))) => ip.is_loopback(),
         Ok(Some(url::Host::Ipv6(ip))) => ip.is_loopback(),

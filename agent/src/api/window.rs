@@ -55,9 +55,14 @@ impl Windows {
         if let Some(window) = of_builds.get(&build_id) {
             return window.subscribe();
         }
-        let (sender, receiver) = watch::channel(Arc::default());
-        of_builds.insert(build_id, sender.clone());
-        tokio::spawn(keep(Arc::clone(self), app.clone(), build_id, sender));
+        let (shown, receiver) = watch::channel(Arc::default());
+        of_builds.insert(build_id, shown.clone());
+        let kept = Kept {
+            windows: Arc::clone(self),
+            build_id,
+            shown,
+        };
+        tokio::spawn(keep(kept, app.clone()));
         receiver
     }
 
@@ -75,11 +80,30 @@ impl Windows {
     }
 }
 
+/// A window that somebody keeps up to date. When that ends, by a panic too, its viewers hear of it, and come back to another.
+struct Kept {
+    windows: Arc<Windows>,
+    build_id: i64,
+    shown: watch::Sender<Arc<Window>>,
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        let of_builds = self.windows.of_builds.lock();
+        let mut of_builds = of_builds.unwrap_or_else(PoisonError::into_inner);
+        let newest = of_builds.get(&self.build_id);
+        if newest.is_some_and(|newest| newest.same_channel(&self.shown)) {
+            of_builds.remove(&self.build_id);
+        }
+    }
+}
+
 /// Keeps a build's window up to date for as long as somebody watches.
-async fn keep(windows: Arc<Windows>, app: App, build_id: i64, shown: watch::Sender<Arc<Window>>) {
+async fn keep(kept: Kept, app: App) {
+    let (build_id, shown) = (kept.build_id, &kept.shown);
     let mut changed = app.store.watch();
     let mut window = Window::default();
-    while !windows.forget(build_id, &shown) {
+    while !kept.windows.forget(build_id, shown) {
         changed.mark_unchanged();
         let begun = Instant::now();
         match window.read(&app, build_id).await {

@@ -251,7 +251,8 @@ async fn back(
         while let Some((_, object)) = applying.next().await? {
             objects.push(object);
         }
-        removal::free_stuck_pods(scope, &held, &Watched::applied(found, &objects)).await;
+        let targets = Watched::applied(found, &objects);
+        removal::free_stuck_pods(scope, &held, &targets, Way::Back).await;
         removal::run(scope, &held, &removal::left_over(failed, Some(found))).await?;
         let applied = Applied {
             release_id: 0,

@@ -17,6 +17,7 @@ use crate::git;
 use crate::manifests::render::{self, Target};
 use crate::manifests::{self, Manifest, files};
 use crate::pipeline::{self, Pipeline};
+use crate::stages::smoke_test::allowed_address;
 
 const DOCKERFILE_BYTES_MAX: u64 = 1 << 20;
 /// Names in one line.
@@ -336,12 +337,8 @@ fn look_at_smoke_tests(
             ))
         }
         (_, Some(url)) => {
-            let host = url::Url::parse(url)
-                .ok()
-                .and_then(|url| url.host_str().map(str::to_owned));
             let allowed = &environment?.smoke_test_hosts;
-            let is_allowed = host.is_some_and(|host| allowed.contains(&host));
-            (!is_allowed).then(|| {
+            allowed_address(url, allowed).is_none().then(|| {
                 Finding::fail(
                     "smoke test",
                     format!("{url} is on no host of `smoke_test_hosts`"),

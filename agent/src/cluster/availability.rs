@@ -82,7 +82,7 @@ async fn ask(cluster: Cluster, place: Place, path: String, counted: Arc<Mutex<Av
         turns.tick().await;
         let is_reached = match timeout(ANSWER_MAX, proxy::get(&cluster, &place, &path)).await {
             Ok(asked) => is_reached(&asked),
-            Err(_) => is_in_sight(&cluster, &place.name).await.then_some(false),
+            Err(_) => proxy::is_in_sight(&cluster).await.then_some(false),
         };
         if let Some(is_reached) = is_reached {
             let mut counted = counted.lock().unwrap_or_else(PoisonError::into_inner);
@@ -97,15 +97,9 @@ fn is_reached(asked: &Asked) -> Option<bool> {
         Asked::Answered(answer) => Some(answer.status < 500),
         Asked::NoEndpoints | Asked::NobodyThere(_) => Some(false),
         // The way was there before: it leads to a pod that is gone.
-        Asked::Blind(why) if why.contains("error trying to reach service") => Some(false),
+        Asked::Unreached(_) | Asked::Gone => Some(false),
         Asked::Blind(_) | Asked::Forbidden(_) => None,
     }
-}
-
-/// Whether the API server itself answers.
-async fn is_in_sight(cluster: &Cluster, service: &str) -> bool {
-    let asked = timeout(ANSWER_MAX, cluster.api::<Service>().get_opt(service)).await;
-    asked.is_ok_and(|answer| answer.is_ok())
 }
 
 #[cfg(test)]
@@ -122,7 +116,6 @@ mod tests {
                 took: Duration::ZERO,
             })
         };
-        let blind = |why: &str| Asked::Blind(why.to_owned());
         let mut availability = Availability::default();
         let asked = [
             answered(200),
@@ -130,8 +123,8 @@ mod tests {
             answered(503),
             Asked::NoEndpoints,
             Asked::NobodyThere("connection refused".to_owned()),
-            blind("error trying to reach service: dial tcp 10.0.0.1:80: connect: no route to host"),
-            blind("the API server is away"),
+            Asked::Unreached("dial tcp 10.0.0.1:80: connect: no route to host".to_owned()),
+            Asked::Blind("the API server is away".to_owned()),
             Asked::Forbidden("not yours".to_owned()),
         ];
         for is_reached in asked.iter().filter_map(is_reached) {

@@ -46,12 +46,17 @@ pub async fn collect(cluster: &Cluster, targets: &[Target]) -> Vec<Evidence> {
     evidence
 }
 
+/// Those that are not ready or have died; where none is, all of them: one of them may have answered wrongly.
 fn unwell(snapshot: &Snapshot) -> Vec<&Pod> {
-    let pods = snapshot.new_pods().into_iter();
-    pods.filter(|pod| !is_ready(pod) || Running::all(pod).iter().any(|it| it.deaths() > 0))
-        .filter(|pod| !has_ended(pod) || matches!(snapshot.workload, Workload::Job(_)))
-        .take(PODS_MAX)
-        .collect()
+    let mut pods = snapshot.new_pods();
+    pods.retain(|pod| !has_ended(pod) || matches!(snapshot.workload, Workload::Job(_)));
+    let is_unwell =
+        |pod: &Pod| !is_ready(pod) || Running::all(pod).iter().any(|it| it.deaths() > 0);
+    if pods.iter().any(|pod| is_unwell(pod)) {
+        pods.retain(|pod| is_unwell(pod));
+    }
+    pods.truncate(PODS_MAX);
+    pods
 }
 
 async fn logs(cluster: &Cluster, snapshot: &Snapshot, evidence: &mut Vec<Evidence>) {

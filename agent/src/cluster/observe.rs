@@ -4,6 +4,7 @@
 //! Every request has a limit. What cannot be seen is `Unseen` and never a verdict: the caller waits, and gives up as
 //! "cannot see the cluster". Nothing here changes anything.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};
 
@@ -20,7 +21,7 @@ use kube::runtime::{WatchStreamExt, watcher};
 use serde::de::DeserializeOwned;
 
 use super::proxy::{self, Asked, Place};
-use super::snapshot::{Kind, LastWords, Running, Snapshot, Target, Workload};
+use super::snapshot::{Kind, LastWords, Running, Snapshot, Target, Workload, created};
 use super::tables::Listing;
 use super::words::{last_seen, message, shortened};
 use super::{Cluster, probes};
@@ -194,6 +195,7 @@ impl<'a> Observer<'a> {
             events,
             autoscaled,
             last_words,
+            others_are_leaving: false,
             listening: self.listening.clone(),
         }))
     }
@@ -321,7 +323,10 @@ impl<'a> Observer<'a> {
 
     /// Reads the log of whatever has died, once: at the first death it is there, later it may be gone.
     async fn hear_last_words(&mut self, target: &Target, pods: &[Pod]) {
-        for container in pods.iter().flat_map(Running::all) {
+        // Of the newest first: an old pod may have died last week.
+        let mut pods: Vec<&Pod> = pods.iter().collect();
+        pods.sort_by_key(|pod| Reverse(created(&pod.metadata)));
+        for container in pods.into_iter().flat_map(Running::all) {
             let key = container.key();
             let tries = self.asked.iter().filter(|asked| **asked == key).count();
             let of_interest = target.changed || !container.status.ready;

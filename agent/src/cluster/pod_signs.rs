@@ -18,6 +18,15 @@ const UNSCHEDULABLE_AUTOSCALE: Duration = Duration::from_secs(120);
 /// A kubelet that is well takes up a pod within this.
 const KUBELET_MAX: SignedDuration = SignedDuration::from_secs(5);
 
+/// Taints that come and go by themselves: a kubelet that restarts, a node that is drained or cleans up.
+const NODE_IS_AWAY: [&str; 5] = [
+    "node.kubernetes.io/not-ready",
+    "node.kubernetes.io/unreachable",
+    "node.kubernetes.io/unschedulable",
+    "-pressure",
+    "node(s) were unschedulable",
+];
+
 /// The only signal of a missing Secret or ConfigMap that is to be mounted is an event.
 pub(super) fn cannot_mount(pod: &Pod, snapshot: &Snapshot) -> Option<Sign> {
     let is_waiting = |container: &Running<'_>| {
@@ -26,7 +35,14 @@ pub(super) fn cannot_mount(pod: &Pod, snapshot: &Snapshot) -> Option<Sign> {
             Some(("ContainerCreating" | "PodInitializing", _))
         )
     };
-    if !Running::all(pod).iter().any(is_waiting) {
+    let containers = Running::all(pod);
+    // Mounted by now: it pulls, or its first init container runs. The event of an earlier try stays for an hour.
+    let is_mounted = pod_condition(pod, "PodReadyToStartContainers")
+        .is_some_and(|(status, ..)| status == "True")
+        || containers
+            .iter()
+            .any(|it| it.is_running() || it.deaths() > 0);
+    if is_mounted || !containers.iter().any(is_waiting) {
         return None;
     }
     let event = snapshot
@@ -82,7 +98,9 @@ pub(super) fn unschedulable(pod: &Pod, snapshot: &Snapshot, nodes_autoscale: boo
             .any(|event| event.reason.as_deref() == Some("TriggeredScaleUp"));
     let patience = if nodes_may_come {
         Patience::Seen(UNSCHEDULABLE_AUTOSCALE)
-    } else if told.contains("PersistentVolumeClaim") {
+    } else if told.contains("PersistentVolumeClaim")
+        || NODE_IS_AWAY.iter().any(|it| told.contains(it))
+    {
         Patience::Seen(PASSING)
     } else {
         Patience::Quiet(UNSCHEDULABLE_QUIET)

@@ -7,12 +7,15 @@ use std::time::{Duration, Instant};
 use http_body_util::BodyExt;
 use k8s_openapi::api::core::v1::{Pod, Service, ServicePort};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use kube::api::ListParams;
 use kube::client::Body;
 
 use super::{Cluster, snapshot};
 
 /// One request, connecting and body included.
 pub const REQUEST_LIMIT: Duration = Duration::from_secs(10);
+/// For the API server to say anything at all.
+const SIGHT_LIMIT: Duration = Duration::from_secs(3);
 /// More of a body is not looked at.
 pub const BODY_BYTES_MAX: usize = 1024 * 1024;
 
@@ -33,7 +36,11 @@ pub enum Asked {
     NoEndpoints,
     /// The pod is reached, but nobody there takes the request.
     NobodyThere(String),
-    /// The API server could not pass it on; that says nothing about the program.
+    /// The API server does not reach the pod, or not yet know that it is gone; that says nothing about the program.
+    Unreached(String),
+    /// The pod that was asked is no more.
+    Gone,
+    /// The API server does not answer, or could not pass it on for reasons of its own.
     Blind(String),
     /// We may not ask at all.
     Forbidden(String),
@@ -129,8 +136,21 @@ pub async fn get(cluster: &Cluster, place: &Place, path: &str) -> Asked {
     match tokio::time::timeout(REQUEST_LIMIT, request(cluster, place, path)).await {
         Ok(Ok((status, body))) => judge(status, body, begun.elapsed()),
         Ok(Err(error)) => Asked::Blind(format!("{error:#}")),
-        Err(_) => Asked::NobodyThere(format!("no answer within {} s", REQUEST_LIMIT.as_secs())),
+        // Who is silent: the program, or the way to it?
+        Err(_) => match is_in_sight(cluster).await {
+            true => Asked::NobodyThere(format!("no answer within {} s", REQUEST_LIMIT.as_secs())),
+            false => Asked::Blind("the API server does not answer".to_owned()),
+        },
     }
+}
+
+/// Whether the API server itself answers.
+pub async fn is_in_sight(cluster: &Cluster) -> bool {
+    let few = ListParams::default().limit(1);
+    let services = cluster.api::<Service>();
+    let asked = tokio::time::timeout(SIGHT_LIMIT, services.list(&few)).await;
+    // A refusal is an answer too.
+    matches!(asked, Ok(Ok(_) | Err(kube::Error::Api(_))))
 }
 
 async fn request(cluster: &Cluster, place: &Place, path: &str) -> anyhow::Result<(u16, Vec<u8>)> {
@@ -168,25 +188,25 @@ fn judge(status: u16, body: Vec<u8>, took: Duration) -> Asked {
         None => Asked::Answered(Answer { status, body, took }),
         Some(told) if told.contains("no endpoints available") => Asked::NoEndpoints,
         Some(told) if status == 401 || status == 403 => Asked::Forbidden(told),
-        Some(told) => {
-            let reached = told
-                .split_once("error trying to reach service: ")
-                .map(|(_, why)| why.to_owned());
-            let nobody = [
-                "connection refused",
-                "EOF",
-                "connection reset",
-                "malformed HTTP",
-                "server gave HTTP response",
-            ];
-            match reached {
-                Some(why) if nobody.iter().any(|word| why.contains(word)) => {
-                    Asked::NobodyThere(why)
-                }
-                _ => Asked::Blind(told),
-            }
-        }
+        Some(told) if told.starts_with("pods \"") && told.ends_with("not found") => Asked::Gone,
+        Some(told) => match told.split_once("error trying to reach service: ") {
+            Some((_, why)) if is_refusal(why) => Asked::NobodyThere(why.to_owned()),
+            Some((_, why)) => Asked::Unreached(why.to_owned()),
+            None => Asked::Blind(told),
+        },
     }
+}
+
+/// Whether the pod's own kernel or program turned the request away, by the words of Go's net/http.
+fn is_refusal(why: &str) -> bool {
+    let refusals = [
+        "connection refused",
+        "EOF",
+        "connection reset",
+        "malformed HTTP",
+        "server gave HTTP response",
+    ];
+    refusals.iter().any(|words| why.contains(words))
 }
 
 /// What the API server itself said; None where the words are the program's.
@@ -240,8 +260,9 @@ mod tests {
                 503,
                 status("error trying to reach service: dial tcp 10.0.0.1:80: i/o timeout")
             ),
-            Asked::Blind(_)
+            Asked::Unreached(_)
         ));
+        assert_eq!(judged(404, status("pods \"web-1\" not found")), Asked::Gone);
         assert!(matches!(
             judged(502, b"error trying to reach service: EOF".to_vec()),
             Asked::NobodyThere(_)

@@ -22,7 +22,7 @@ const CALM_MIN: Duration = Duration::from_secs(20);
 /// Without a readiness probe a program is ready the moment it starts, also one that is about to die: it must live so long.
 const UNPROBED_MIN: Duration = Duration::from_secs(5);
 /// Where good releases came up, one that runs and is not ready for so long, and for so many times as long as theirs, is dead.
-const UNREADY_MIN: Duration = Duration::from_secs(27);
+const UNREADY_MIN: Duration = Duration::from_secs(25);
 const UNREADY_TIMES: u32 = 3;
 /// A sign that was not seen for so long is a new one when it comes again (pulling is tried in turns).
 const SIGN_GONE: Duration = Duration::from_secs(15);
@@ -42,7 +42,7 @@ pub enum Verdict {
 /// What one watch of one workload remembers between its snapshots.
 #[derive(Debug, Default)]
 pub struct History {
-    /// How long the rollouts of the last good releases took; where that is not known, the pods that still serve.
+    /// How long the rollouts of the last good releases took, or the pods that still serve, whichever took longer.
     usual: Option<Duration>,
     begun: bool,
     /// Deaths that were there already when the watch began, by pod and container.
@@ -107,6 +107,22 @@ pub fn judge(
     }
 }
 
+/// Whether its counts are right and no container of it has died twice: all that was missing when time ran out was a longer
+/// life after one death, which is tolerated.
+pub fn is_only_young(target: &Target, snapshot: &Snapshot, history: &History) -> bool {
+    let pods = snapshot.new_pods();
+    let mut containers = pods.into_iter().flat_map(Running::all);
+    counted(target, snapshot).is_ok() && containers.all(|it| history.deaths_of(&it) <= 1)
+}
+
+/// Whether it was unwell when this build began, which has not touched it: neither its fault nor in its power.
+pub fn was_unwell_before(target: &Target, snapshot: &Snapshot, begun: Timestamp) -> bool {
+    let is_older = snapshot
+        .applied_at()
+        .is_some_and(|applied| applied + CLOCK_SLACK < begun);
+    !target.changed && is_older && counted(target, snapshot).is_err()
+}
+
 /// The most telling reason why it is not complete when time has run out; None where nothing is wrong but slow.
 pub fn at_deadline(
     target: &Target,
@@ -149,7 +165,8 @@ impl History {
             .collect();
         if !self.begun {
             self.begun = true;
-            self.usual = self.usual.or_else(|| usual_of(snapshot));
+            // Of several workloads one may always have been slower than their releases, which were mostly another's.
+            self.usual = self.usual.max(usual_of(snapshot));
             self.deaths_before = containers
                 .iter()
                 .filter(|container| !is_since(target, snapshot, container))
@@ -218,7 +235,9 @@ impl History {
                     .moved
                     .as_ref()
                     .map_or(Duration::ZERO, |(_, at)| since(*at, snapshot.now));
-                seen >= patience && still >= patience && !snapshot.anything_terminating()
+                let tried_again = still >= seen.saturating_sub(still);
+                let may_get_room = snapshot.anything_terminating() || snapshot.others_are_leaving;
+                still >= patience && tried_again && !may_get_room
             }
             Patience::Unlike(allowed) => self.usual.is_some_and(|usual| {
                 let patience = UNREADY_MIN.max(usual.saturating_mul(UNREADY_TIMES));

@@ -7,6 +7,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::super::snapshot::Kind;
+use super::super::{pod_signs, probes, sign, workload_signs};
 use super::*;
 
 fn documents(name: &str) -> Vec<Value> {
@@ -41,6 +42,7 @@ fn snapshot(documents: &[Value], seconds: i64) -> Snapshot {
         events: of_kind(documents, "Event"),
         autoscaled: false,
         last_words: super::super::snapshot::LastWords::new(),
+        others_are_leaving: false,
         listening: std::collections::BTreeMap::new(),
     }
 }
@@ -121,10 +123,10 @@ fn what_is_dead_for_good_is_failed_within_six_seconds() {
 #[test]
 fn what_may_pass_is_waited_for() {
     for (name, seconds) in [
-        ("configkey", 2),
-        ("configmap", 2),
-        ("secretvol", 2),
-        ("quota", 2),
+        ("configkey", 3),
+        ("configmap", 3),
+        ("secretvol", 3),
+        ("quota", 3),
         ("unschedulable", 6),
         ("registry-down", 6),
         ("readiness", 6),
@@ -738,4 +740,125 @@ fn a_job_is_done_or_failed_by_its_own_word() {
             && cause.sentence.ends_with("no such table: users"),
         "{cause:?}"
     );
+}
+
+/// A StatefulSet whose set was applied at the tenth second of a minute.
+fn stateful(pods: &[Value], events: &[Value]) -> Snapshot {
+    let at = |second: u32| format!("2026-01-01T00:00:{second:02}Z");
+    let of = |values: &[Value]| Value::from(values.to_vec());
+    let set = json!({"metadata": {"name": "db", "uid": "set", "managedFields": [{"manager": "landfall", "time": at(10)}]}});
+    Snapshot {
+        now: at(30).parse().unwrap(),
+        workload: Workload::StatefulSet(Box::new(serde_json::from_value(set).unwrap())),
+        replica_sets: Vec::new(),
+        pods: serde_json::from_value(of(pods)).unwrap(),
+        events: serde_json::from_value(of(events)).unwrap(),
+        autoscaled: false,
+        last_words: super::super::snapshot::LastWords::new(),
+        others_are_leaving: false,
+        listening: std::collections::BTreeMap::new(),
+    }
+}
+
+fn pod_of_set(made: &str, more: &Value) -> Value {
+    let mut pod = json!({
+        "metadata": {"name": "db-0", "uid": "pod", "creationTimestamp": made,
+            "ownerReferences": [{"apiVersion": "apps/v1", "kind": "StatefulSet", "name": "db", "uid": "set", "controller": true}]},
+        "spec": {"containers": [{"name": "main"}], "initContainers": [{"name": "migrate"}]},
+    });
+    pod["status"] = more.clone();
+    pod
+}
+
+fn event(reason: &str, of: &str, at: &str, told: &str) -> Value {
+    json!({"metadata": {"name": "e"}, "involvedObject": {"uid": of}, "reason": reason, "lastTimestamp": at, "message": told})
+}
+
+#[test]
+fn a_refusal_of_pods_is_over_once_one_was_made() {
+    let refused = event(
+        "FailedCreate",
+        "set",
+        "2026-01-01T00:00:15Z",
+        "create Pod db-0 failed: exceeded quota: few",
+    );
+    for (made, is_refused) in [
+        ("2026-01-01T00:00:14Z", true),
+        ("2026-01-01T00:00:16Z", false),
+    ] {
+        let pods = [pod_of_set(made, &json!({}))];
+        let sign = workload_signs::refused_pods(&stateful(&pods, std::slice::from_ref(&refused)));
+        assert_eq!(sign.is_some(), is_refused, "{made}: {sign:?}");
+    }
+}
+
+#[test]
+fn an_api_server_that_has_not_decided_is_waited_for() {
+    for told in [
+        "etcdserver: request timed out",
+        "status unknown for quota: few",
+        "Operation cannot be fulfilled on resourcequotas \"few\"",
+    ] {
+        let told = event("FailedCreate", "set", "2026-01-01T00:00:15Z", told);
+        let sign = workload_signs::refused_pods(&stateful(&[], &[told])).unwrap();
+        assert_eq!(sign.patience, Patience::Seen(sign::PASSING), "{sign:?}");
+    }
+}
+
+#[test]
+fn a_mount_that_has_come_about_is_no_sign_however_long_the_pull_takes() {
+    let missing = event(
+        "FailedMount",
+        "pod",
+        "2026-01-01T00:00:15Z",
+        "MountVolume.SetUp failed: secret \"tls\" not found",
+    );
+    for (is_mounted, status) in [(false, "False"), (true, "True")] {
+        let pod = pod_of_set(
+            "2026-01-01T00:00:12Z",
+            &json!({"conditions": [{"type": "PodReadyToStartContainers", "status": status}],
+                "containerStatuses": [{"name": "main", "ready": false, "restartCount": 0, "image": "", "imageID": "",
+                    "state": {"waiting": {"reason": "ContainerCreating"}}}]}),
+        );
+        let snapshot = stateful(&[pod], std::slice::from_ref(&missing));
+        let sign = pod_signs::cannot_mount(&snapshot.pods[0], &snapshot);
+        assert_eq!(sign.is_none(), is_mounted, "{sign:?}");
+    }
+}
+
+#[test]
+fn an_init_container_at_work_is_not_one_that_never_becomes_ready() {
+    let status = |name: &str, state: &Value| json!({"name": name, "ready": false, "restartCount": 0, "image": "", "imageID": "", "state": state});
+    let running = json!({"running": {"startedAt": "2026-01-01T00:00:13Z"}});
+    let waiting = json!({"waiting": {"reason": "PodInitializing"}});
+    let ended = json!({"terminated": {"exitCode": 0}});
+    for (is_late, init, main) in [(false, &running, &waiting), (true, &ended, &running)] {
+        let pod = pod_of_set(
+            "2026-01-01T00:00:12Z",
+            &json!({"initContainerStatuses": [status("migrate", init)], "containerStatuses": [status("main", main)]}),
+        );
+        let snapshot = stateful(&[pod], &[]);
+        let sign = probes::never_ready(&snapshot.pods[0], &snapshot);
+        assert_eq!(sign.is_some(), is_late, "{sign:?}");
+    }
+}
+
+#[test]
+fn no_room_is_no_verdict_while_another_workload_of_the_release_makes_some() {
+    let documents = documents("unschedulable.early");
+    for is_leaving in [false, true] {
+        let mut history = History::default();
+        let target = target(&snapshot(&documents, 2));
+        let verdicts: Vec<_> = (2..=30)
+            .map(|second| {
+                let mut seen = snapshot(&documents, second);
+                seen.others_are_leaving = is_leaving;
+                judge(&target, &seen, false, &mut history)
+            })
+            .collect();
+        let has_failed = verdicts
+            .iter()
+            .any(|verdict| matches!(verdict, Verdict::Failed(_)));
+        assert_eq!(has_failed, !is_leaving);
+    }
 }

@@ -5,9 +5,9 @@ use std::time::Duration;
 use crate::builds::Cause;
 
 /// What is wrong for good is believed when it has been seen for this long: the cluster's parts hear of each other late.
-pub(super) const PERMANENT: Duration = Duration::from_secs(2);
+pub(super) const PERMANENT: Duration = Duration::from_secs(1);
 /// A ConfigMap, a Secret or a ServiceAccount of the same set reaches the kubelet a moment later than its pod.
-pub(super) const CONFIGURATION: Duration = Duration::from_secs(2);
+pub(super) const CONFIGURATION: Duration = Duration::from_millis(1_400);
 /// Something on the way that may pass by itself: a registry that restarts, a webhook that is rolled.
 pub(super) const PASSING: Duration = Duration::from_secs(60);
 
@@ -26,7 +26,8 @@ pub enum Patience {
     None,
     /// Seen for so long.
     Seen(Duration),
-    /// Seen for so long while nothing of the workload moved and none of its pods was on its way out.
+    /// Seen for so long while nothing of the workload moved and none of its pods was on its way out. A controller that failed
+    /// tries again after about as long as it has tried: it must be still for as long as it was not.
     Quiet(Duration),
     /// Seen for much longer than the last good releases took, and for what its own probes allow.
     Unlike(Duration),

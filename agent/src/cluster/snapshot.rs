@@ -247,6 +247,8 @@ pub struct Snapshot {
     /// A HorizontalPodAutoscaler sets the number of replicas.
     pub autoscaled: bool,
     pub last_words: LastWords,
+    /// A pod of another workload of the release is on its way out, and makes room.
+    pub others_are_leaving: bool,
     /// By the uid of a pod whose probe is refused: another of its declared ports, where somebody answers.
     pub listening: BTreeMap<String, i32>,
 }

@@ -2,13 +2,37 @@
 
 use std::time::Duration;
 
+use jiff::Timestamp;
+
 use super::sign::{CONFIGURATION, PASSING, PERMANENT, Patience, Sign};
-use super::snapshot::{Snapshot, Target, Workload, template_release};
+use super::snapshot::{Snapshot, Target, Workload, created, template_release};
 use super::words::{last_seen, message, shortened};
 use crate::builds::Cause;
 
 /// The old pods' quota comes free only when they have gone.
-const QUOTA_QUIET: Duration = Duration::from_secs(3);
+const QUOTA_QUIET: Duration = Duration::from_secs(2);
+
+/// Words of an API server that has not decided: it, its store or a webhook is away or busy.
+const UNDECIDED: [&str; 12] = [
+    "failed calling webhook",
+    "timeout",
+    "timed out",
+    "deadline exceeded",
+    "connection refused",
+    "Internal error",
+    "etcdserver",
+    "leader changed",
+    "status unknown for quota",
+    "Operation cannot be fulfilled",
+    "unable to handle the request",
+    "too many requests",
+];
+
+/// When the newest of its pods was made.
+fn newest_pod(snapshot: &Snapshot) -> Option<Timestamp> {
+    let pods = snapshot.own_pods();
+    pods.iter().filter_map(|pod| created(&pod.metadata)).max()
+}
 
 /// Somebody else wrote another template after our apply: what rolls out is not this release.
 pub(super) fn changed_by_another(target: &Target, snapshot: &Snapshot) -> Option<Sign> {
@@ -79,7 +103,10 @@ pub(super) fn refused_pods(snapshot: &Snapshot) -> Option<Sign> {
             let event = snapshot
                 .events_of(snapshot.workload.uid())
                 .filter(|event| {
-                    event.reason.as_deref() == Some("FailedCreate") && last_seen(event) >= created
+                    // A pod that was made after it was not refused: the event stays for an hour.
+                    event.reason.as_deref() == Some("FailedCreate")
+                        && last_seen(event) >= created
+                        && last_seen(event) > newest_pod(snapshot)
                 })
                 .max_by_key(|event| last_seen(event))?;
             message(event).to_owned()
@@ -101,16 +128,11 @@ pub(super) fn refused_pods(snapshot: &Snapshot) -> Option<Sign> {
             Patience::Seen(PERMANENT),
             "an admission rule of this cluster refuses it: mend what it names, or ask the cluster's operator",
         )
-    } else if has(&[
-        "failed calling webhook",
-        "timeout",
-        "connection refused",
-        "Internal error",
-    ]) {
+    } else if has(&UNDECIDED) {
         (
             "pods_refused",
             Patience::Seen(PASSING),
-            "the cluster's admission webhook does not answer; ask the cluster's operator",
+            "the API server or an admission webhook does not come to an answer; ask the cluster's operator",
         )
     } else if has(&["serviceaccount"]) {
         (

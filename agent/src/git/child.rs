@@ -138,23 +138,6 @@ fn with_mirror(request: &Request, report: &Report) -> Result<Answer, Failure> {
     let mut tip = remote::fetch(request, report, &repository)?;
     match &request.job {
         Job::Head => Ok(Answer::Head(Some(tip.to_string()))),
-        Job::Resolve { digits: None } => Ok(Answer::Resolved(tip.to_string())),
-        Job::Resolve {
-            digits: Some(digits),
-        } => {
-            let found = repository
-                .find_commit_by_prefix(digits)
-                .ok()
-                .map(|commit| commit.id());
-            match found {
-                Some(id) if reaches(&repository, tip, id)? => Ok(Answer::Resolved(id.to_string())),
-                _ => Err(Trouble::Setup(format!(
-                    "branch {:?} of {} has no commit {digits:?} (or several that begin so)",
-                    request.branch, request.url
-                ))
-                .into()),
-            }
-        }
         Job::Checkout {
             commit,
             newer,

@@ -44,8 +44,6 @@ pub struct Request {
 pub enum Job {
     /// The branch's head, without fetching anything.
     Head,
-    /// The full id of a commit of the branch: of its head, or of the commit that these digits begin.
-    Resolve { digits: Option<String> },
     /// Writes the tree of a commit; unless it is older than one of `newer`.
     Checkout {
         commit: String,
@@ -70,7 +68,6 @@ pub enum Line {
 #[serde(rename_all = "snake_case")]
 pub enum Answer {
     Head(Option<String>),
-    Resolved(String),
     Stale { head: String },
     Tree(TreeFacts),
 }

@@ -91,14 +91,11 @@ async fn run_logged(
     let writer = write_log(agent.store.clone(), build.clone(), log.clone(), next);
 
     let ended = match agent.config.environment(&build.environment) {
-        Some(environment) => Ok(match name_commit(agent, environment, &mut build).await {
-            Ok(()) => {
-                Line::new(agent, environment, &build, &log, cancel)
-                    .run()
-                    .await
-            }
-            Err(error) => Some(Ended::errored(&error)),
-        }),
+        Some(environment) => {
+            let named = name_commit(agent, environment, &mut build, &log, cancel).await;
+            let line = Line::new(agent, environment, &build, &log, cancel);
+            Ok(line.run(named).await)
+        }
         None => without_environment(agent, &build).await.map(Some),
     };
     // The log's task ends with the log: whatever went wrong, that is closed first.
@@ -167,13 +164,16 @@ async fn name_commit(
     agent: &Agent,
     environment: &Environment,
     build: &mut Build,
-) -> anyhow::Result<()> {
+    log: &BuildLog,
+    cancel: &CancellationToken,
+) -> StageResult<()> {
     // What stood there before us has no commit, and none is needed to bring it back.
     if build.commit.is_empty() && !build.kind.brings_back() {
-        let mirrors = mirrors(agent);
-        make_private_dir(&mirrors)?;
-        build.commit = checkout::resolve(environment, &agent.exe, &mirrors, &build.branch).await?;
-        agent.store.describe(build, &build.commit, "").await?;
+        let line = Line::new(agent, environment, build, log, cancel);
+        make_private_dir(&line.mirrors)?;
+        let commit = checkout::head(&line.scope(&log.stage(Stage::Checkout)), &agent.exe).await?;
+        agent.store.describe(build, &commit, "").await?;
+        build.commit = commit;
     }
     Ok(())
 }
@@ -290,9 +290,13 @@ impl<'a> Line<'a> {
         }
     }
 
-    /// None: the agent stops, and the next one goes on.
-    async fn run(&self) -> Option<Ended> {
-        match self.prepared().await {
+    /// `named`: whether the build's commit is known. None: the agent stops, and the next one goes on.
+    async fn run(&self, named: StageResult<()>) -> Option<Ended> {
+        let ended = match named {
+            Ok(()) => self.prepared().await,
+            Err(error) => Err(error),
+        };
+        match ended {
             Ok(ended) => Some(ended),
             Err(StageError::Canceled) => self.canceled().await,
             Err(error) => self.failed(error).await,
@@ -318,8 +322,12 @@ impl<'a> Line<'a> {
         }
         let losses = self.agent.store.losses(self.build.id).await?;
         if losses >= LOSSES_MAX || self.build.attempt > ATTEMPTS_MAX {
+            let why = match losses >= LOSSES_MAX {
+                true => format!("the agent died {losses} times in this stage"),
+                false => format!("it was begun {} times", self.build.attempt - 1),
+            };
             return Err(StageError::Agent(anyhow::anyhow!(
-                "the agent died {losses} times in this stage; it is not begun again (`landfall rerun {}` does)",
+                "{why}; it is not begun again (`landfall rerun {}` does)",
                 self.build.id
             )));
         }
@@ -601,14 +609,6 @@ impl Ended {
             status: Status::Failed,
             outcome: Outcome::Unchanged,
             cause: Some(cause),
-        }
-    }
-
-    fn errored(error: &anyhow::Error) -> Self {
-        Self {
-            status: Status::Errored,
-            outcome: Outcome::Unchanged,
-            cause: Some(Cause::new("agent", format!("{error:#}"))),
         }
     }
 

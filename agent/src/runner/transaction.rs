@@ -280,6 +280,8 @@ impl Line<'_> {
             }
             objects.push(object);
         }
+        let targets = Target::applied(release, &objects);
+        removal::free_stuck_pods(scope, held, &targets, way).await;
         Ok(Applied {
             release_id: release.id,
             objects,
@@ -399,7 +401,15 @@ impl Line<'_> {
             return Ok(ended(Outcome::Unchanged, cause));
         }
         if release.rollback == Rollback::Never {
-            let cause = with_hint(cause, deploy::undo_hint(&release.namespace, &touched));
+            let by_hand = deploy::undo_hint(&release.namespace, &touched);
+            let whole = self.serving().await?.map(|serving| {
+                let environment = &self.build.environment;
+                format!(
+                    "the last good release, whole: landfall undo {environment} --to {}",
+                    serving.id
+                )
+            });
+            let cause = with_hint(with_hint(cause, by_hand), whole);
             return Ok(ended(Outcome::LeftFailed, cause));
         }
         store.set_cause(self.build, &cause).await?;
@@ -516,10 +526,14 @@ impl Line<'_> {
             .log
             .line(format!("Putting back release {}", describe(goal)));
         let put_back = async |held: Held| {
+            // First the autoscalers that it brought: while one is there, the number of pods is left to it.
+            let (autoscalers, others): (Vec<_>, Vec<_>) = left_over
+                .iter()
+                .cloned()
+                .partition(|object| object.kind == "HorizontalPodAutoscaler");
+            self.remove(scope, &held, &autoscalers).await?;
             let applied = self.apply_held(scope, &held, goal, Way::Back).await?;
-            let targets = Target::applied(goal, &applied.objects);
-            removal::free_stuck_pods(scope, &held, &targets).await;
-            self.remove(scope, &held, &left_over).await?;
+            self.remove(scope, &held, &others).await?;
             Ok(applied)
         };
         let applied = self.holding(scope, Some(goal), put_back).await?;
@@ -658,10 +672,14 @@ impl Line<'_> {
             StageStatus::Failed => Outcome::RollbackFailed,
             StageStatus::Errored => Outcome::Unknown,
         };
+        let status = match outcome {
+            Outcome::Unknown => Status::Errored,
+            _ => Status::Failed,
+        };
         let is_lost = matches!(outcome, Outcome::RollbackFailed | Outcome::Unknown);
         self.agent.store.set_unsettled(self.build, is_lost).await?;
         Ok(Some(Earlier::Ended(Ended {
-            status: Status::Failed,
+            status,
             outcome,
             cause: Some(cause),
         })))

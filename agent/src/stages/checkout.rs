@@ -19,8 +19,6 @@ use crate::pipeline::{self, Pipeline};
 
 /// Between two tries while the server is away: doubled from the first to the last.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(10));
-/// Fewer digits name too many commits.
-const DIGITS_MIN: usize = 7;
 /// Where Linux says which of its starts this is: files written before a power cut may be empty after it.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
@@ -65,32 +63,22 @@ pub async fn branch_head(
     }
 }
 
-/// The full id of `what`: the environment's branch, or a commit of it by its first digits (seven or more).
-pub async fn resolve(
-    environment: &Environment,
-    exe: &Path,
-    mirrors: &Path,
-    what: &str,
-) -> anyhow::Result<String> {
-    let is_digits = what.len() <= 40 && what.bytes().all(|b| b.is_ascii_hexdigit());
-    let digits = if what == environment.branch {
-        None
-    } else if is_digits && what.len() >= DIGITS_MIN {
-        Some(what.to_ascii_lowercase())
-    } else {
-        anyhow::bail!(
-            "environment {:?} builds branch {:?} only: say that, or {DIGITS_MIN} or more digits of one of its commits, instead of {what:?}",
-            environment.name,
-            environment.branch
-        );
-    };
-    match outside_a_build(environment, exe, mirrors, Job::Resolve { digits }).await? {
-        Answer::Resolved(commit) => Ok(commit),
-        other => anyhow::bail!("the git process answered {other:?} when asked for a commit"),
+/// The commit that a build by hand is of: the head of its branch now.
+pub async fn head(scope: &Scope<'_>, exe: &Path) -> StageResult<String> {
+    let limit = Duration::from_secs(scope.environment.limits.clone_timeout_seconds);
+    let asked = ask(scope, exe, || Job::Head);
+    let (url, branch) = (&scope.environment.clone_url, &scope.build.branch);
+    match limited(scope, "the look at the branch", limit, asked).await? {
+        Answer::Head(Some(commit)) => Ok(commit),
+        Answer::Head(None) => Err(StageError::Failed(
+            Cause::new("branch_missing", format!("{url} has no branch {branch:?}"))
+                .hint("push it, or name another branch in agent.yaml"),
+        )),
+        other => Err(anyhow::anyhow!("the git process answered {other:?}").into()),
     }
 }
 
-/// One try, for someone who waits for the answer.
+/// One try: whoever asks comes again.
 async fn outside_a_build(
     environment: &Environment,
     exe: &Path,
@@ -168,35 +156,44 @@ async fn check_out(scope: &Scope<'_>, exe: &Path, newer: &[String]) -> StageResu
     }))
 }
 
-/// Asks the git process, again while the server is away, for `limits.unreachable_seconds` at most.
+/// Asks the git process for the build's commit.
 async fn fetch(
     scope: &Scope<'_>,
     exe: &Path,
     newer: &[String],
     half: &Path,
 ) -> StageResult<Answer> {
-    let environment = scope.environment;
-    let (url, branch) = (&environment.clone_url, &scope.build.branch);
-    let patience = Duration::from_secs(environment.limits.unreachable_seconds);
+    let (url, branch) = (&scope.environment.clone_url, &scope.build.branch);
     scope
         .log
         .line(format!("fetching branch {branch:?} of {url}"));
+    let job = || {
+        let _ = remove(half);
+        Job::Checkout {
+            commit: scope.build.commit.clone(),
+            newer: newer.to_owned(),
+            tree: half.to_owned(),
+        }
+    };
+    ask(scope, exe, job).await
+}
+
+/// Asks the git process, again while the server is away, for `limits.unreachable_seconds` at most.
+async fn ask(scope: &Scope<'_>, exe: &Path, job: impl Fn() -> Job) -> StageResult<Answer> {
+    let environment = scope.environment;
+    let (url, branch) = (&environment.clone_url, &scope.build.branch);
+    let patience = Duration::from_secs(environment.limits.unreachable_seconds);
     let note = |text: &str| scope.log.line(text);
     let mut away_since: Option<Instant> = None;
     let (mut pause, pause_max) = BACKOFF;
     loop {
-        let job = Job::Checkout {
-            commit: scope.build.commit.clone(),
-            newer: newer.to_owned(),
-            tree: half.to_owned(),
-        };
         let begun = Instant::now();
         let asked = process::ask(
             exe,
             environment,
             scope.mirrors,
             branch,
-            job,
+            job(),
             patience,
             &note,
         );
@@ -222,7 +219,6 @@ async fn fetch(
         ));
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(pause_max);
-        let _ = remove(half);
     }
 }
 

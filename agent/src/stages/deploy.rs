@@ -154,13 +154,66 @@ impl<'a> Applying<'a> {
             // Of a namespace that exists nothing is changed, and `hold` has made the one that did not.
             ("Namespace", _) | ("Job", Way::Back) => Ok(None),
             ("Job", Way::Forward) => self.job(object).await,
-            _ => self.apply(object).await.map(Some),
+            _ => match self.apply(object).await {
+                // A claim does not shrink, what was made immutable stays so. The workloads behind it matter more.
+                Err(StageError::Failed(cause))
+                    if self.way == Way::Back
+                        && !crate::manifests::render::is_workload(kind(object)) =>
+                {
+                    let shown = display_name(object);
+                    self.scope.log.line(format!(
+                        "{shown} cannot be put back as it was, and stays as it is: {}",
+                        cause.sentence
+                    ));
+                    self.as_it_is(object).await
+                }
+                applied => applied.map(Some),
+            },
         }
+    }
+
+    /// What is there of an object; None where nothing is.
+    async fn as_it_is(&self, object: &Value) -> StageResult<Option<AppliedObject>> {
+        Ok(self.live(object).await?.map(|live| {
+            applied_object(&Done {
+                before: Some(live.clone()),
+                after: live,
+                notes: Vec::new(),
+            })
+        }))
+    }
+
+    /// What is on its way out would take the apply with it: first it must be gone.
+    async fn apply_anew(&self, object: &Value) -> StageResult<Done> {
+        loop {
+            let done = apply::apply(&self.held.cluster, &self.rules, object, false).await?;
+            if done.after.pointer("/metadata/deletionTimestamp").is_none() {
+                return Ok(done);
+            }
+            self.scope.log.line(format!(
+                "{} is being deleted, waiting until it is gone",
+                display_name(object)
+            ));
+            let uid = text(&done.after, "/metadata/uid");
+            while let Some(live) = self.live(object).await?
+                && text(&live, "/metadata/uid") == uid
+            {
+                tokio::time::sleep(POLL).await;
+            }
+        }
+    }
+
+    async fn live(&self, object: &Value) -> StageResult<Option<Value>> {
+        let Some(resource) = self.held.cluster.resource(object).await? else {
+            return Ok(None);
+        };
+        let live = self.held.cluster.get(&resource, name(object)).await;
+        Ok(live.map_err(|answer| answer.into_error(&format!("read {}", display_name(object))))?)
     }
 
     async fn apply(&self, object: &Value) -> StageResult<AppliedObject> {
         let log = self.scope.log;
-        let done = apply::apply(&self.held.cluster, &self.rules, object, false).await?;
+        let done = self.apply_anew(object).await?;
         let mut applied = applied_object(&done);
         if applied.change == Change::Unchanged && self.scope.build.attempt > 1 {
             // An attempt of this very build wrote it, and was killed before it could say so.

@@ -43,10 +43,8 @@ pub fn judge(expect: &Expect, commit: &str, asked: &Asked) -> Result<(), Wrong> 
                 "does the program listen on this port, and on 0.0.0.0 rather than 127.0.0.1?",
             ),
         )),
-        Asked::Blind(why) if why.starts_with("pods \"") && why.ends_with("not found") => {
-            Err(Wrong::Gone)
-        }
-        Asked::Blind(why) => Err(Wrong::Blind(why.clone())),
+        Asked::Gone => Err(Wrong::Gone),
+        Asked::Unreached(why) | Asked::Blind(why) => Err(Wrong::Blind(why.clone())),
         Asked::Forbidden(why) => Err(Wrong::Forbidden(why.clone())),
     }
 }
@@ -131,7 +129,11 @@ pub fn in_full(asked: &Asked) -> String {
             )
         }
         Asked::NoEndpoints => "the Service leads to no pod that is ready".to_owned(),
-        Asked::NobodyThere(why) | Asked::Blind(why) | Asked::Forbidden(why) => why.clone(),
+        Asked::Gone => "the pod is gone".to_owned(),
+        Asked::NobodyThere(why)
+        | Asked::Unreached(why)
+        | Asked::Blind(why)
+        | Asked::Forbidden(why) => why.clone(),
     }
 }
 
@@ -265,13 +267,14 @@ mod tests {
     fn blindness_is_no_wrong_answer() {
         let judged = |asked: Asked| judge(&Expect::default(), "abc", &asked).unwrap_err();
         assert!(matches!(
-            judged(Asked::Blind("i/o timeout".to_owned())),
+            judged(Asked::Blind("etcdserver: request timed out".to_owned())),
             Wrong::Blind(_)
         ));
-        assert_eq!(
-            judged(Asked::Blind("pods \"web-1\" not found".to_owned())),
-            Wrong::Gone
-        );
+        assert!(matches!(
+            judged(Asked::Unreached("i/o timeout".to_owned())),
+            Wrong::Blind(_)
+        ));
+        assert_eq!(judged(Asked::Gone), Wrong::Gone);
         assert!(
             matches!(judged(Asked::NoEndpoints), Wrong::Settled(cause) if cause.id == "smoke_no_endpoint")
         );

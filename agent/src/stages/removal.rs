@@ -10,11 +10,12 @@ use kube::api::{DeleteParams, Preconditions};
 use serde_json::Value;
 use tokio::time::Instant;
 
+use super::deploy::Way;
 use super::{Scope, StageResult};
 use crate::cluster::apply::{self, Removal};
 use crate::cluster::lease::Held;
 use crate::cluster::observe::{BLIND_RETRY, Observer, ask};
-use crate::cluster::snapshot::{Kind, Target, Workload, is_ready, is_terminating, name, uid};
+use crate::cluster::snapshot::{Kind, Running, Target, Workload, is_ready, name, uid};
 use crate::release::{AppliedObject, Change, Release};
 
 /// More than this many objects, or than half of all, are not pruned without the operator's word.
@@ -83,13 +84,14 @@ pub async fn run(
     Ok(gone)
 }
 
-/// Pods of a StatefulSet that rolled out badly: in order, the next is made only when they are well, which they never are.
-pub async fn free_stuck_pods(scope: &Scope<'_>, held: &Held, targets: &[Target]) {
+/// Pods of a StatefulSet that rolled out badly: in order, the next is made only when they are well, which they never are. On the
+/// way back all that are not ready, forward those that have shown that they are broken.
+pub async fn free_stuck_pods(scope: &Scope<'_>, held: &Held, targets: &[Target], way: Way) {
     let mut observer = Observer::new(&held.cluster);
     let pods = held.cluster.api::<Pod>();
     for target in targets
         .iter()
-        .filter(|target| target.kind == Kind::StatefulSet)
+        .filter(|target| target.kind == Kind::StatefulSet && (target.changed || way == Way::Back))
     {
         let begun = Instant::now();
         let snapshot = loop {
@@ -104,7 +106,7 @@ pub async fn free_stuck_pods(scope: &Scope<'_>, held: &Held, targets: &[Target])
         let (serving, _) = snapshot.old_pods();
         for pod in serving
             .into_iter()
-            .filter(|pod| !is_ready(pod) && !is_terminating(pod))
+            .filter(|pod| !is_ready(pod) && (way == Way::Back || is_broken(pod)))
         {
             let parameters = DeleteParams {
                 preconditions: Some(Preconditions {
@@ -116,17 +118,28 @@ pub async fn free_stuck_pods(scope: &Scope<'_>, held: &Held, targets: &[Target])
             let freed = ask("free a pod", pods.delete(name(pod), &parameters)).await;
             scope.log.line(match freed {
                 Ok(_) => format!(
-                    "pod/{} of the failed release removed, so that its StatefulSet goes on",
+                    "pod/{} is not well and of another release: removed, so that its StatefulSet goes on",
                     name(pod)
                 ),
                 Err(unseen) => format!(
-                    "pod/{} of the failed release cannot be removed: {:#}",
+                    "pod/{} is not well and of another release, and cannot be removed: {:#}",
                     name(pod),
                     unseen.error
                 ),
             });
         }
     }
+}
+
+fn is_broken(pod: &Pod) -> bool {
+    Running::all(pod).iter().any(|container| {
+        let waiting = container.waiting().map(|(reason, _)| reason);
+        let is_coming = matches!(
+            waiting,
+            None | Some("ContainerCreating" | "PodInitializing")
+        );
+        container.deaths() > 0 || !is_coming
+    })
 }
 
 fn is_taken_up(workload: &Workload) -> bool {

@@ -177,20 +177,7 @@ impl Tester<'_> {
     }
 
     async fn outside(&mut self, test: &SmokeTest, url: &str, deadline: Instant) -> StageResult<()> {
-        let allowed = &self.scope.environment.smoke_test_hosts;
-        let parsed = url::Url::parse(url)
-            .ok()
-            .filter(|url| matches!(url.scheme(), "http" | "https"));
-        let is_allowed = |url: &url::Url| {
-            let host = url.host_str().unwrap_or_default();
-            let with_port = format!("{host}:{}", url.port_or_known_default().unwrap_or_default());
-            allowed.iter().any(|allowed| {
-                allowed.eq_ignore_ascii_case(host) || allowed.eq_ignore_ascii_case(&with_port)
-            })
-        };
-        let Some(address) = parsed
-            .filter(|url| is_allowed(url) && url.username().is_empty() && url.password().is_none())
-        else {
+        let Some(address) = allowed_address(url, &self.scope.environment.smoke_test_hosts) else {
             let cause = Cause::new(
                 "smoke_host_not_allowed",
                 format!("the smoke test may not ask {url}"),
@@ -228,7 +215,7 @@ impl Tester<'_> {
         loop {
             let asked = ask().await;
             self.requests += 1;
-            if !matches!(asked, Asked::Blind(_)) {
+            if !matches!(asked, Asked::Blind(_) | Asked::Unreached(_)) {
                 seen = Instant::now();
             }
             let judged = expect::judge(&question.test.expect, &self.release.commit, &asked);
@@ -427,6 +414,20 @@ fn selects_nothing(
             .object(format!("service/{service}"))
             .hint(hint),
     )
+}
+
+/// The address of a `url:`, where one of the allowed hosts (with or without a port) is its; None where a test may not ask it.
+pub fn allowed_address(url: &str, allowed: &[String]) -> Option<url::Url> {
+    let url = url::Url::parse(url).ok()?;
+    let host = url.host_str().unwrap_or_default();
+    let with_port = format!("{host}:{}", url.port_or_known_default().unwrap_or_default());
+    let mut allowed = allowed.iter();
+    let is_allowed =
+        allowed.any(|it| it.eq_ignore_ascii_case(host) || it.eq_ignore_ascii_case(&with_port));
+    let is_plain = matches!(url.scheme(), "http" | "https")
+        && url.username().is_empty()
+        && url.password().is_none();
+    (is_allowed && is_plain).then_some(url)
 }
 
 async fn get_outside(client: &reqwest::Client, address: url::Url) -> Asked {

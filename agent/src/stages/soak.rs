@@ -129,7 +129,9 @@ async fn judge(
     snapshot: &Snapshot,
     pods: &mut HashMap<String, Seen>,
 ) -> Option<Cause> {
-    for pod in snapshot.new_pods() {
+    // A pod that its node has evicted is not the program's doing, and another takes its place.
+    let staying = snapshot.new_pods().into_iter();
+    for pod in staying.filter(|pod| !snapshot::has_ended(pod)) {
         let is_known = pods.contains_key(snapshot::uid(pod));
         let seen = pods.entry(snapshot::uid(pod).to_owned()).or_default();
         for container in Running::all(pod) {
@@ -142,8 +144,10 @@ async fn judge(
                 return Some(died(cluster, &container).await);
             }
         }
-        let is_ready = snapshot::is_ready(pod);
-        seen.was_ready |= is_ready;
+        // Where its node is not heard of, the pod is called not ready, and its containers are as they were.
+        let is_ready =
+            snapshot::is_ready(pod) || Running::all(pod).iter().all(|it| it.status.ready);
+        seen.was_ready |= snapshot::is_ready(pod);
         if is_ready || !seen.was_ready {
             seen.unready_since = None;
             continue;

@@ -279,7 +279,36 @@ async fn pull_once(docker: &Docker, reference: &str, logins: &Logins) -> Result<
     Ok(())
 }
 
+/// A test whose engine is lost is begun anew once it is back.
 async fn run_one(
+    scope: &Scope<'_>,
+    checked_out: &CheckedOut,
+    test: &Test,
+    number: usize,
+    image: &str,
+) -> StageResult<()> {
+    patiently(scope, "Docker", || async {
+        let tried = try_one(scope, checked_out, test, number, image).await;
+        tried.map_err(|error| match error {
+            StageError::Agent(error) if is_lost(&error) => {
+                scope.log.line(format!(
+                    "Docker was lost while the test {:?} ran: it is begun anew",
+                    test.name
+                ));
+                Trouble::Away(error)
+            }
+            error => Trouble::Final(error),
+        })
+    })
+    .await
+}
+
+fn is_lost(error: &anyhow::Error) -> bool {
+    let mut causes = error.chain().filter_map(|cause| cause.downcast_ref());
+    causes.any(docker::is_away)
+}
+
+async fn try_one(
     scope: &Scope<'_>,
     checked_out: &CheckedOut,
     test: &Test,
@@ -474,7 +503,10 @@ async fn exit_code(docker: &Docker, id: &str) -> StageResult<i64> {
         Some(Ok(end)) => Ok(end.status_code),
         Some(Err(Error::DockerContainerWaitError { code, .. })) => Ok(code),
         Some(Err(error)) => Err(lost(error)),
-        None => Err(anyhow!("Docker does not say how the test ended").into()),
+        // Its answer was cut off.
+        None => Err(lost(Error::IOError {
+            err: std::io::ErrorKind::UnexpectedEof.into(),
+        })),
     }
 }
 

@@ -15,7 +15,7 @@ use crate::cluster::observe::{self, BLIND_RETRY, Changes, Observer, Sight, Unsee
 use crate::cluster::rollout::{self, History, Verdict};
 use crate::cluster::snapshot::{Kind, Snapshot, Target};
 use crate::cluster::tables;
-use crate::release::Release;
+use crate::release::{Change, Release};
 
 /// Rules that count seconds are looked at so often, and so often a lost watch is made up for.
 const LOOK_EVERY: Duration = Duration::from_millis(750);
@@ -53,7 +53,11 @@ pub async fn run(
     let mut rollout = Rollout {
         targets: &targets,
         observer,
-        histories: targets.iter().map(|_| History::new(usual)).collect(),
+        histories: targets
+            .iter()
+            .map(|target| History::new(usual.filter(|_| !is_new(target, applied))))
+            .collect(),
+        left_alone: vec![false; targets.len()],
         told: vec![String::new(); targets.len()],
         snapshots: Vec::new(),
         last_words: String::new(),
@@ -65,7 +69,8 @@ pub async fn run(
     };
     match &judged {
         Ok(()) => {
-            for target in &targets {
+            let rolled_out = targets.iter().zip(&rollout.left_alone);
+            for (target, _) in rolled_out.filter(|(_, left)| !**left) {
                 scope
                     .log
                     .line(format!("{} successfully rolled out", target.display_name()));
@@ -97,6 +102,13 @@ pub async fn run(
     })
 }
 
+/// Nobody knows how long a workload takes that earlier releases did not have.
+fn is_new(target: &Target, applied: &Applied) -> bool {
+    let mut objects = applied.objects.iter();
+    let name = target.display_name();
+    objects.any(|object| object.display_name() == name && object.change == Change::Created)
+}
+
 /// Jobs have been waited for before; one that its own `ttlSecondsAfterFinished` took away is nothing to watch any more.
 async fn without_gone_jobs(observer: &mut Observer<'_>, targets: &mut Vec<Target>) {
     let mut kept = Vec::with_capacity(targets.len());
@@ -114,6 +126,8 @@ struct Rollout<'a> {
     targets: &'a [Target],
     observer: Observer<'a>,
     histories: Vec<History>,
+    /// Those that were unwell before, and that this release leaves as they are.
+    left_alone: Vec<bool>,
     /// The last progress line of each workload.
     told: Vec<String>,
     /// The newest of each workload.
@@ -156,12 +170,15 @@ impl Rollout<'_> {
                     continue;
                 }
             }
+            if changes.is_none() {
+                self.leave_alone(scope);
+            }
             self.tell_last_words(scope);
             if self.judge(scope)? {
                 return Ok(());
             }
             if Instant::now() >= deadline {
-                return Err(self.out_of_time(limit));
+                return self.out_of_time(scope, limit);
             }
             let changes =
                 changes.get_or_insert_with(|| Changes::of(cluster, self.snapshots.iter()));
@@ -190,8 +207,38 @@ impl Rollout<'_> {
             };
             snapshots.push(snapshot);
         }
+        let leaving: Vec<bool> = snapshots
+            .iter()
+            .map(Snapshot::anything_terminating)
+            .collect();
+        for (index, snapshot) in snapshots.iter_mut().enumerate() {
+            let mut others = leaving
+                .iter()
+                .enumerate()
+                .filter(|(other, _)| *other != index);
+            snapshot.others_are_leaving = others.any(|(_, is_leaving)| *is_leaving);
+        }
         self.snapshots = snapshots;
         Ok(None)
+    }
+
+    /// A release of one workload does not answer for another that was unwell before. One that changes none answers for all.
+    fn leave_alone(&mut self, scope: &Scope<'_>) {
+        let begun = scope
+            .build
+            .started_at
+            .and_then(|at| Timestamp::from_millisecond(at).ok());
+        let Some(begun) = begun.filter(|_| self.targets.iter().any(|target| target.changed)) else {
+            return;
+        };
+        let parts = self.targets.iter().zip(&self.snapshots);
+        for ((target, snapshot), is_left) in parts.zip(&mut self.left_alone) {
+            *is_left = rollout::was_unwell_before(target, snapshot, begun);
+            if *is_left {
+                let name = target.display_name();
+                scope.log.line(format!("{name} was not well before, and this release leaves it as it is: not waited for"));
+            }
+        }
     }
 
     /// True where all are complete.
@@ -202,8 +249,9 @@ impl Rollout<'_> {
             .targets
             .iter()
             .zip(&self.snapshots)
-            .zip(self.histories.iter_mut().zip(&mut self.told));
-        for ((target, snapshot), (history, told)) in parts {
+            .zip(self.histories.iter_mut().zip(&mut self.told))
+            .zip(&self.left_alone);
+        for (((target, snapshot), (history, told)), _) in parts.filter(|(_, left)| !**left) {
             let line = match rollout::judge(target, snapshot, autoscale, history) {
                 Verdict::Complete => format!("{}: complete", target.display_name()),
                 Verdict::Failed(cause) => return Err(StageError::Failed(cause)),
@@ -220,17 +268,30 @@ impl Rollout<'_> {
         Ok(all_complete)
     }
 
-    fn out_of_time(&mut self, limit: Duration) -> StageError {
+    fn out_of_time(&mut self, scope: &Scope<'_>, limit: Duration) -> StageResult<()> {
         let parts = self
             .targets
             .iter()
             .zip(&self.snapshots)
-            .zip(&mut self.histories);
-        let mut causes = parts.filter_map(|((target, snapshot), history)| {
+            .zip(&mut self.histories)
+            .zip(self.told.iter().zip(&self.left_alone));
+        let mut late: Vec<_> = parts
+            .filter(|(_, (told, left))| !told.ends_with(": complete") && !**left)
+            .map(|(part, _)| part)
+            .collect();
+        let is_only_young =
+            |((target, snapshot), history): &((&Target, &Snapshot), &mut History)| {
+                rollout::is_only_young(target, snapshot, history)
+            };
+        if late.iter().all(is_only_young) {
+            scope.log.line("All of them are ready; one that died once has not died again, and is not waited for any longer.");
+            return Ok(());
+        }
+        let mut causes = late.iter_mut().filter_map(|((target, snapshot), history)| {
             rollout::at_deadline(target, snapshot, limit, history)
         });
         if let Some(cause) = causes.next() {
-            return StageError::Failed(cause);
+            return Err(StageError::Failed(cause));
         }
         let slow = self
             .told
@@ -243,7 +304,7 @@ impl Rollout<'_> {
             format!("the rollout took longer than {} s: {slow}", limit.as_secs()),
         )
         .hint("give it more time with `verify: timeout_seconds`");
-        StageError::TimedOut(cause)
+        Err(StageError::TimedOut(cause))
     }
 
     fn tell_last_words(&mut self, scope: &Scope<'_>) {

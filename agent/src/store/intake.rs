@@ -328,9 +328,9 @@ async fn store(db: &Db, group: &[Waiting]) -> anyhow::Result<Vec<Vec<Accepted>>>
         for builds in parts(&decided.builds) {
             super::builds::write!(tx, builds, at);
         }
-        for (name, last) in [("build", decided.builds.last().map(|(id, _)| *id)), ("delivery", decided.deliveries.last().map(|(id, _)| *id))] {
-            sqlx::query("UPDATE counters SET value = $2 WHERE name = $1").bind(name).bind(last).execute(&mut *tx).await?;
-        }
+        sqlx::query("UPDATE counters SET value = CASE name WHEN 'build' THEN $1 ELSE $2 END WHERE name IN ('build', 'delivery')")
+            .bind(decided.builds.last().map(|(id, _)| *id)).bind(decided.deliveries.last().map(|(id, _)| *id))
+            .execute(&mut *tx).await?;
         tx.commit().await.context("cannot store deliveries")?;
         decided.answers
     }))

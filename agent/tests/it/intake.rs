@@ -72,11 +72,7 @@ impl Drop for Agent {
 
 fn run(folder: &Path, before: &[&str]) -> Child {
     let words = [before, &[env!("CARGO_BIN_EXE_landfall"), "serve"]].concat();
-    let log = fs::File::options()
-        .create(true)
-        .append(true)
-        .open(folder.join("log"))
-        .unwrap();
+    let log = crate::support::log_file(&folder.join("log"));
     Command::new(words[0])
         .args(&words[1..])
         .current_dir(folder)

@@ -138,11 +138,7 @@ impl Landfall {
     }
 
     fn spawn(&mut self, variables: &[(&str, &str)]) {
-        let log = fs::File::options()
-            .create(true)
-            .append(true)
-            .open(self.path("agent.log"))
-            .unwrap();
+        let log = crate::support::log_file(&self.path("agent.log"));
         let child = self
             .command(&["serve", "--config", "agent.yaml"])
             .envs(self.variables.clone())

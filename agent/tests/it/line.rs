@@ -6,6 +6,7 @@ use crate::docker_world::docker;
 use crate::landfall::{BRANCH, Landfall, is_terminal, push_payload, secret, sign};
 use crate::support::{busybox, eventually};
 use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 fn titles(build: &Value) -> Vec<&str> {
     build["stages"]
@@ -19,7 +20,18 @@ fn titles(build: &Value) -> Vec<&str> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_push_goes_live_through_six_stages() {
     let mut landfall = Landfall::start("line").await;
-    let id = landfall.push(&[]).await;
+    // Where a payload says that the repository is, nobody goes.
+    let elsewhere = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    elsewhere.set_nonblocking(true).unwrap();
+    let lure = format!("http://{}/hello.git", elsewhere.local_addr().unwrap());
+    let commit = landfall.commit(&[]);
+    let mut payload = landfall.payload(&commit);
+    for field in ["clone_url", "git_url", "ssh_url", "url", "html_url"] {
+        payload["repository"][field] = json!(lure);
+    }
+    let (status, answer) = landfall.deliver(&payload).await;
+    assert_eq!(status, 202, "{answer}");
+    let id = answer["builds"][0]["build"].as_i64().unwrap();
     let build = landfall.end(id).await;
     let log = landfall.log(id).await;
     assert_eq!(
@@ -40,6 +52,10 @@ async fn a_push_goes_live_through_six_stages() {
         landfall
             .served("/version")
             .contains(build["commit"].as_str().unwrap())
+    );
+    assert!(
+        elsewhere.accept().is_err(),
+        "the payload's address was asked"
     );
     assert!(log.contains("test greeting ... ok"), "{log}");
     for shown in ["deployment/hello", "service/hello", "hello-"] {
@@ -572,6 +588,34 @@ async fn writes_need_the_token_and_pages_their_own_host() {
         status(http.get(landfall.url("/healthz")).header("host", "probe")).await,
         200
     );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_that_does_not_come_to_the_point_is_closed() {
+    let landfall = Landfall::start("silent").await;
+    let address = landfall.url("").replace("http://", "");
+    for words in ["", "GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n"] {
+        let begun = std::time::Instant::now();
+        let mut stream = tokio::net::TcpStream::connect(&address).await.unwrap();
+        stream.write_all(words.as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        let closed = stream.read_to_end(&mut answer);
+        let closed = tokio::time::timeout(Duration::from_secs(20), closed).await;
+        assert!(closed.is_ok(), "still open after {:?}", begun.elapsed());
+        assert!(begun.elapsed() > Duration::from_secs(8), "closed at once");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_doctor_finds_nothing_wrong_where_all_is_well() {
+    let mut landfall = Landfall::start("doctor").await;
+    landfall.commit(&[]);
+    let (code, said) = landfall.run_command(&["doctor"]);
+    assert!(
+        code == Some(0) && !said.contains("FAIL"),
+        "{code:?}: {said}"
+    );
+    assert!(said.contains("that releases need"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

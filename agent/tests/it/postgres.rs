@@ -59,11 +59,7 @@ impl Postgres {
     }
 
     fn run(folder: &Path, port: u16) -> Child {
-        let log = std::fs::File::options()
-            .create(true)
-            .append(true)
-            .open(folder.join("log"))
-            .unwrap();
+        let log = crate::support::log_file(&folder.join("log"));
         as_postgres("postgres")
             .arg("-D")
             .arg(folder.join("data"))

@@ -143,6 +143,12 @@ pub fn kubectl_apply(namespace: &str, yaml: &str) {
     assert!(child.wait().unwrap().success());
 }
 
+/// Where a program that is started again and again writes on.
+pub fn log_file(path: &Path) -> std::fs::File {
+    let mut options = std::fs::File::options();
+    options.create(true).append(true).open(path).unwrap()
+}
+
 /// Asking costs as much as what is asked about, where cores are few: what took long is asked for less often.
 const ASK_MIN: Duration = Duration::from_millis(20);
 const ASK_MAX: Duration = Duration::from_millis(200);

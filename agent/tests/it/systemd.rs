@@ -95,11 +95,7 @@ async fn a_socket_of_systemd_is_taken_and_readiness_is_told() {
 fn start_with(socket: &TcpListener, folder: &Path) -> Child {
     let third =
         "exec 3<&0 < /dev/null; LISTEN_FDS=1 LISTEN_PID=$$ exec \"$0\" serve --config agent.yaml";
-    let log = fs::File::options()
-        .create(true)
-        .append(true)
-        .open(folder.join("log"))
-        .unwrap();
+    let log = crate::support::log_file(&folder.join("log"));
     Command::new("bash")
         .args(["-c", third, env!("CARGO_BIN_EXE_landfall")])
         .current_dir(folder)

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
@@ -558,6 +559,38 @@ fn no_test_is_left_out_or_says_what_it_should_see_fail() {
             }
         }
     }
+}
+
+/// What only tests bring in must not be what makes the program compile: `cargo build -p landfall` would fail for its users.
+#[test]
+fn the_program_is_built_of_the_same_parts_with_and_without_its_tests() {
+    let parts = |edges: &str| {
+        let output = Command::new("cargo")
+            .args([
+                "tree",
+                "--locked",
+                "--offline",
+                "-p",
+                "landfall",
+                "-e",
+                edges,
+            ])
+            .args(["--depth", "1", "--prefix", "none", "-f", "{p} {f}"])
+            .current_dir(ROOT)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "cargo tree: {said}");
+        let tree = String::from_utf8(output.stdout).unwrap();
+        tree.lines().map(str::to_owned).collect::<BTreeSet<_>>()
+    };
+    let (without, with) = (parts("no-dev"), parts("normal,build,dev"));
+    assert!(without.len() > 30, "{without:?}");
+    let other: Vec<_> = without.difference(&with).collect();
+    assert!(
+        other.is_empty(),
+        "with fewer features than in tests: {other:?}; name in [dependencies] those that are needed"
+    );
 }
 
 #[test]

@@ -100,6 +100,32 @@ async fn the_previous_release_stays_while_the_new_one_dies() {
     assert!(ready == "1" || ready == "2", "{ready}");
 }
 
+/// The controller tries a refused pod again after about as long as it has tried: by then an old pod has long made room.
+#[tokio::test]
+async fn a_quota_that_holds_one_pod_back_until_an_old_one_has_left_fails_nothing() {
+    let leaves_late = format!("trap '' TERM; {}", SERVE.replace("exec httpd", "httpd"));
+    let replicas = |ns: &str, release: &str| {
+        let mut web = deployment(ns, 2, &leaves_late);
+        ready_when_it_answers(&mut web);
+        web["spec"]["strategy"] = json!({"rollingUpdate": {"maxSurge": 1, "maxUnavailable": 1}});
+        let template = &mut web["spec"]["template"];
+        template["metadata"]["annotations"]["landfall.dev/release"] = json!(release);
+        template["spec"]["terminationGracePeriodSeconds"] = json!(6);
+        web
+    };
+    let quota = |ns: &str| {
+        json!({"apiVersion": "v1", "kind": "ResourceQuota",
+            "metadata": {"name": "few", "namespace": ns}, "spec": {"hard": {"pods": "2"}}})
+    };
+    let mut stand = Stand::new("tight", |ns| vec![quota(ns), replicas(ns, "aaaa")]);
+    stand.verify().await.unwrap();
+    stand.release.objects[1] = replicas(&stand.namespace.0, "bbbb");
+    let ended = stand.verify().await;
+    let log = stand.log().await;
+    assert!(ended.is_ok(), "{ended:?}\n{log}");
+    assert!(log.contains("exceeded quota: few"), "{log}");
+}
+
 #[tokio::test]
 async fn each_wrong_answer_fails_the_smoke_test_with_its_cause() {
     let mut stand = Stand::new("wrong", serving);
