@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Pod;
 
 use super::diagnose;
 use super::probes::recent_probe_failure;
@@ -92,7 +93,7 @@ pub fn judge(
         } else {
             sign
         };
-        return Verdict::Failed(told.cause.clone());
+        return Verdict::Failed(with_count(told, &signs, snapshot));
     }
     match counted.and_then(|()| history.is_calm(target, snapshot)) {
         Ok(()) => Verdict::Complete,
@@ -113,6 +114,20 @@ pub fn is_only_young(target: &Target, snapshot: &Snapshot, history: &History) ->
     let pods = snapshot.new_pods();
     let mut containers = pods.into_iter().flat_map(Running::all);
     counted(target, snapshot).is_ok() && containers.all(|it| history.deaths_of(&it) <= 1)
+}
+
+/// The cause of a pod's sign, with how many of the new pods show the same: `… (2 of 3 new pods)`.
+fn with_count(sign: &Sign, signs: &[Sign], snapshot: &Snapshot) -> Cause {
+    let mut cause = sign.cause.clone();
+    let pods = snapshot.new_pods();
+    let is_of = |sign: &Sign, pod: &Pod| sign.of.starts_with(uid(pod));
+    if pods.len() > 1 && pods.iter().any(|pod| is_of(sign, pod)) {
+        let is_same = |other: &&Sign| other.cause.id == sign.cause.id;
+        let shows = |pod: &&&Pod| signs.iter().filter(is_same).any(|other| is_of(other, pod));
+        let showing = pods.iter().filter(shows).count();
+        cause.sentence = format!("{} ({showing} of {} new pods)", cause.sentence, pods.len());
+    }
+    cause
 }
 
 /// Whether it was unwell when this build began, which has not touched it: neither its fault nor in its power.

@@ -354,9 +354,9 @@ fn the_last_words_of_the_program_are_in_the_sentence() {
         &mut History::default(),
     ));
     assert!(
-        cause
-            .sentence
-            .ends_with("exited with code 1 twice: fatal: DATABASE_URL is not set"),
+        cause.sentence.ends_with(
+            "exited with code 1 twice: fatal: DATABASE_URL is not set (3 of 3 new pods)"
+        ),
         "{cause:?}"
     );
 }

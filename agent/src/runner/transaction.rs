@@ -518,7 +518,11 @@ impl Line<'_> {
         let left_over = removal::left_over(failed, goal);
         let Some(goal) = goal else {
             scope.log.line("Removing what the failed release had made");
-            let remove = async |held: Held| self.remove(scope, &held, &left_over).await;
+            let remove = async |held: Held| {
+                let running = removal::running_jobs(&held, failed).await?;
+                self.remove(scope, &held, &running).await?;
+                self.remove(scope, &held, &left_over).await
+            };
             self.holding(scope, None, remove).await?;
             return Ok(PutBack { release_id: None });
         };
@@ -526,6 +530,8 @@ impl Line<'_> {
             .log
             .line(format!("Putting back release {}", describe(goal)));
         let put_back = async |held: Held| {
+            let running = removal::running_jobs(&held, failed).await?;
+            self.remove(scope, &held, &running).await?;
             // First the autoscalers that it brought: while one is there, the number of pods is left to it.
             let (autoscalers, others): (Vec<_>, Vec<_>) = left_over
                 .iter()

@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use super::deploy::Way;
 use super::{Scope, StageResult};
+use crate::cluster::Resource;
 use crate::cluster::apply::{self, Removal};
 use crate::cluster::lease::Held;
 use crate::cluster::observe::{BLIND_RETRY, Observer, ask};
@@ -59,6 +60,31 @@ pub fn left_over(failed: &[AppliedObject], back_to: Option<&Release>) -> Vec<App
         .rev()
         .cloned()
         .collect()
+}
+
+/// Jobs of a failed release that still run: nothing may change the data under what is put back. Those that have ended stay,
+/// and tell why.
+pub async fn running_jobs(
+    held: &Held,
+    failed: &[AppliedObject],
+) -> StageResult<Vec<AppliedObject>> {
+    let resource = Resource::built_in("batch/v1", "Job", "jobs", true);
+    let mut running = Vec::new();
+    for job in failed
+        .iter()
+        .filter(|object| object.kind == "Job" && object.change == Change::Created)
+    {
+        let live = held.cluster.get(&resource, &job.name).await;
+        let what = format!("read {}", job.display_name());
+        let live = live.map_err(|answer| answer.into_error(&what))?;
+        let active = live
+            .as_ref()
+            .and_then(|live| live.pointer("/status/active"));
+        if active.and_then(Value::as_i64).unwrap_or_default() > 0 {
+            running.push(job.clone());
+        }
+    }
+    Ok(running)
 }
 
 /// Removes these objects; answers the UIDs that are there no more.

@@ -446,8 +446,24 @@ async fn a_migration_that_fails_stops_the_release_and_its_log_is_kept() {
         &[("kubernetes/migrate.yaml", &job("echo migrated again"))],
     )
     .await;
-    let jobs = || kubectl(&["-n", &landfall.namespace.0, "get", "jobs", "-o", "name"]);
-    assert_eq!(jobs().lines().count(), 1, "{}", jobs());
+    let namespace = landfall.namespace.0.clone();
+    let jobs = || kubectl(&["-n", &namespace, "get", "jobs", "-o", "name"]);
+    let left = jobs();
+    assert_eq!(left.lines().count(), 1, "{left}");
+
+    // One that hangs does not go on under the release that is put back.
+    let pipeline = std::fs::read_to_string(landfall.path("work/pipeline.yaml")).unwrap();
+    let hasty = pipeline.replace("timeout_seconds: 60", "timeout_seconds: 6");
+    let files = [
+        ("kubernetes/migrate.yaml", job("sleep 600")),
+        ("pipeline.yaml", hasty),
+    ];
+    let files = files.each_ref().map(|(path, text)| (*path, text.as_str()));
+    let id = landfall.push(&files).await;
+    let build = landfall.end(id).await;
+    let log = landfall.log(id).await;
+    assert_eq!(ended(&build), ("failed", "rolled_back"), "{build:#}\n{log}");
+    assert_eq!(jobs(), left, "{log}");
 }
 
 /// An agent that slept between the store's word and the cluster's Lease raises the Lease's number before it hears that it has
@@ -600,6 +616,50 @@ async fn requests_that_a_release_costs_are_counted_and_told() {
         .find(|line| line.contains(" is live, "))
         .unwrap_or_default();
     assert!(lost(told) >= Some(2), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_way_back_that_is_barred_is_said_loudly_once_and_gone_by_hand() {
+    let mut landfall = Landfall::start("barred").await;
+    let site = std::fs::read_to_string(landfall.path("work/kubernetes/deployment.yaml")).unwrap();
+    let recreated = site.replace(
+        "spec:\n  replicas",
+        "spec:\n  strategy: { type: Recreate }\n  replicas",
+    );
+    let good = live(&mut landfall, &[("kubernetes/deployment.yaml", &recreated)]).await;
+    let serving = landfall.served("/version");
+
+    let id = landfall.push(&[DIES]).await;
+    eventually("it dies", Duration::from_secs(60), async || {
+        let log = landfall.log(id).await;
+        log.contains("Last words of").then_some(())
+    })
+    .await;
+    // From now on no pod is let in, and the old one is gone.
+    let namespace = landfall.namespace.0.clone();
+    kubectl(&["-n", &namespace, "create", "quota", "none", "--hard=pods=0"]);
+    let build = landfall.end(id).await;
+    let log = landfall.log(id).await;
+    assert_eq!(
+        ended(&build),
+        ("failed", "rollback_failed"),
+        "{build:#}\n{log}"
+    );
+    // The cause is what was wrong with the release; what bars the way back is beside it, with the way out.
+    assert_eq!(build["cause"]["id"], "crash_loop", "{build:#}\n{log}");
+    let hint = build["cause"]["hint"].as_str().unwrap();
+    let again = format!("landfall undo hello --to {}", good["release_id"]);
+    assert!(
+        hint.contains("exceeded quota: none") && hint.contains(&again),
+        "{hint}\n{log}"
+    );
+    assert_eq!(log.matches("The rollback failed").count(), 1, "{log}");
+
+    kubectl(&["-n", &namespace, "delete", "quota", "none"]);
+    let words: Vec<&str> = again.split(' ').skip(1).collect();
+    let (code, said) = landfall.run_command(&words);
+    assert_eq!(code, Some(0), "{said}");
+    assert_eq!(landfall.served("/version"), serving);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
