@@ -39,17 +39,19 @@ install() {
     fi
 }
 
-readonly go_version_min=1.25
+readonly rust_version_min=1.94 go_version_min=1.25
 
 # What listens on this machine is asked without the proxy.
-export no_proxy=127.0.0.1,localhost${no_proxy:+,$no_proxy}
-export NO_PROXY=$no_proxy
+no_proxy=127.0.0.1,localhost,${no_proxy:-${NO_PROXY:-}}
+export no_proxy NO_PROXY=$no_proxy
 
 # The compilers, and what they need besides; a fresh machine has the former.
 need_compilers() {
-    have cargo || fail "Rust is missing" "install Rust 1.94 or later from https://rustup.rs"
-    have go || fail "Go is missing" "install Go $go_version_min or later from https://go.dev/dl/ and put its bin folder on PATH"
+    have cargo || fail "Rust is missing" "install Rust $rust_version_min or later from https://rustup.rs"
     local version
+    version=$(rustc --version | cut -d' ' -f2)
+    printf '%s\n%s\n' "$rust_version_min" "$version" | sort -V -C || fail "Rust $version is too old" "rustup update, or install Rust $rust_version_min or later"
+    have go || fail "Go is missing" "install Go $go_version_min or later from https://go.dev/dl/ and put its bin folder on PATH"
     version=$(go env GOVERSION)
     printf '%s\n%s\n' "$go_version_min" "${version#go}" | sort -V -C || fail "Go ${version#go} is too old" "install Go $go_version_min or later from https://go.dev/dl/"
     have cc || install build-essential

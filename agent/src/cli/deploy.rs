@@ -246,14 +246,19 @@ async fn back(
     scope.log.line("Putting back what was there before");
     let held = deploy::hold(scope, found).await?;
     if let Some(found) = found {
-        let mut applying = Applying::begin(scope, &held, found, Way::Back).await?;
+        removal::end_jobs(scope, &held, failed).await?;
+        let (autoscalers, others): (Vec<_>, Vec<_>) = removal::left_over(failed, Some(found))
+            .into_iter()
+            .partition(|object| object.kind == "HorizontalPodAutoscaler");
+        removal::run(scope, &held, &autoscalers).await?;
+        let mut applying = Applying::begin(scope, &held, found, Way::Rescue).await?;
         let mut objects = Vec::new();
         while let Some((_, object)) = applying.next().await? {
             objects.push(object);
         }
         let targets = Watched::applied(found, &objects);
-        removal::free_stuck_pods(scope, &held, &targets, Way::Back).await;
-        removal::run(scope, &held, &removal::left_over(failed, Some(found))).await?;
+        removal::free_stuck_pods(scope, &held, &targets, Way::Rescue).await;
+        removal::run(scope, &held, &others).await?;
         let applied = Applied {
             release_id: 0,
             objects,

@@ -98,10 +98,10 @@ pub(super) fn unschedulable(pod: &Pod, snapshot: &Snapshot, nodes_autoscale: boo
             .any(|event| event.reason.as_deref() == Some("TriggeredScaleUp"));
     let patience = if nodes_may_come {
         Patience::Seen(UNSCHEDULABLE_AUTOSCALE)
-    } else if told.contains("PersistentVolumeClaim")
-        || NODE_IS_AWAY.iter().any(|it| told.contains(it))
-    {
+    } else if told.contains("PersistentVolumeClaim") {
         Patience::Seen(PASSING)
+    } else if NODE_IS_AWAY.iter().any(|it| told.contains(it)) {
+        Patience::Quiet(PASSING)
     } else {
         Patience::Quiet(UNSCHEDULABLE_QUIET)
     };

@@ -42,7 +42,8 @@ pub(super) fn never_ready(pod: &Pod, snapshot: &Snapshot) -> Option<Sign> {
     let containers = Running::all(pod);
     let container = containers
         .iter()
-        .find(|it| it.is_running() && !it.status.ready && !is_initializing(it))?;
+        // An init container is not ready until it has ended, however well it does.
+        .find(|it| it.is_running() && !it.status.ready && !it.is_init)?;
     if is_ready(pod) {
         return None;
     }
@@ -79,15 +80,6 @@ pub(super) fn never_ready(pod: &Pod, snapshot: &Snapshot) -> Option<Sign> {
         Patience::Unlike(allowed(container)),
         cause,
     ))
-}
-
-/// An init container is not ready until it has ended, however well it does; one that stays (`restartPolicy: Always`) has probes.
-fn is_initializing(container: &Running<'_>) -> bool {
-    let stays = container
-        .spec
-        .and_then(|spec| spec.restart_policy.as_deref())
-        == Some("Always");
-    container.is_init && !stays
 }
 
 /// The kubelet's own words of a probe: `dial tcp …: connect: connection refused`, `… statuscode: 404`,

@@ -149,8 +149,12 @@ pub async fn is_in_sight(cluster: &Cluster) -> bool {
     let few = ListParams::default().limit(1);
     let services = cluster.api::<Service>();
     let asked = tokio::time::timeout(SIGHT_LIMIT, services.list(&few)).await;
-    // A refusal is an answer too.
-    matches!(asked, Ok(Ok(_) | Err(kube::Error::Api(_))))
+    match asked {
+        Ok(Ok(_)) => true,
+        // A refusal is an answer too; that it is busy is none.
+        Ok(Err(kube::Error::Api(status))) => matches!(status.code, 401 | 403),
+        _ => false,
+    }
 }
 
 async fn request(cluster: &Cluster, place: &Place, path: &str) -> anyhow::Result<(u16, Vec<u8>)> {

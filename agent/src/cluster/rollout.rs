@@ -95,7 +95,7 @@ pub fn judge(
         };
         return Verdict::Failed(with_count(told, &signs, snapshot));
     }
-    match counted.and_then(|()| history.is_calm(target, snapshot)) {
+    match counted.and_then(|()| history.is_calm(target, snapshot, calm_needed)) {
         Ok(()) => Verdict::Complete,
         Err(mut progress) => {
             if let Some(sign) = signs.first() {
@@ -108,12 +108,14 @@ pub fn judge(
     }
 }
 
-/// Whether its counts are right and no container of it has died twice: all that was missing when time ran out was a longer
-/// life after one death, which is tolerated.
+/// Whether all that is missing is a longer life after one death, which is tolerated: counts and probes are right, no container
+/// has died twice, and what died has lived for as long as is asked of those that no liveness probe looks after.
 pub fn is_only_young(target: &Target, snapshot: &Snapshot, history: &History) -> bool {
     let pods = snapshot.new_pods();
     let mut containers = pods.into_iter().flat_map(Running::all);
-    counted(target, snapshot).is_ok() && containers.all(|it| history.deaths_of(&it) <= 1)
+    counted(target, snapshot).is_ok()
+        && containers.all(|it| history.deaths_of(&it) <= 1)
+        && history.is_calm(target, snapshot, |_| CALM_MIN).is_ok()
 }
 
 /// The cause of a pod's sign, with how many of the new pods show the same: `… (2 of 3 new pods)`.
@@ -130,14 +132,6 @@ fn with_count(sign: &Sign, signs: &[Sign], snapshot: &Snapshot) -> Cause {
     cause
 }
 
-/// Whether it was unwell when this build began, which has not touched it: neither its fault nor in its power.
-pub fn was_unwell_before(target: &Target, snapshot: &Snapshot, begun: Timestamp) -> bool {
-    let is_older = snapshot
-        .applied_at()
-        .is_some_and(|applied| applied + CLOCK_SLACK < begun);
-    !target.changed && is_older && counted(target, snapshot).is_err()
-}
-
 /// The most telling reason why it is not complete when time has run out; None where nothing is wrong but slow.
 pub fn at_deadline(
     target: &Target,
@@ -146,7 +140,7 @@ pub fn at_deadline(
     history: &mut History,
 ) -> Option<Cause> {
     let signs = history.take_in(target, snapshot, false);
-    let mut cause = signs.into_iter().next()?.cause;
+    let mut cause = with_count(signs.first()?, &signs, snapshot);
     cause.sentence = format!("{} (after {} s)", cause.sentence, limit.as_secs());
     Some(cause)
 }
@@ -252,7 +246,8 @@ impl History {
                     .map_or(Duration::ZERO, |(_, at)| since(*at, snapshot.now));
                 let tried_again = still >= seen.saturating_sub(still);
                 let may_get_room = snapshot.anything_terminating() || snapshot.others_are_leaving;
-                still >= patience && tried_again && !may_get_room
+                let has_lasted = seen >= patience && still >= patience;
+                has_lasted && tried_again && !may_get_room
             }
             Patience::Unlike(allowed) => self.usual.is_some_and(|usual| {
                 let patience = UNREADY_MIN.max(usual.saturating_mul(UNREADY_TIMES));
@@ -263,7 +258,12 @@ impl History {
     }
 
     /// Nothing died lately. A program that is killed for memory or by its liveness probe looks complete in between.
-    fn is_calm(&self, target: &Target, snapshot: &Snapshot) -> Result<(), String> {
+    fn is_calm(
+        &self,
+        target: &Target,
+        snapshot: &Snapshot,
+        needed: impl Fn(&Running<'_>) -> Duration,
+    ) -> Result<(), String> {
         if matches!(snapshot.workload, Workload::Job(_)) {
             return Ok(());
         }
@@ -280,7 +280,7 @@ impl History {
                 else {
                     continue;
                 };
-                let calm = calm_needed(&container);
+                let calm = needed(&container);
                 if !container.is_init && since(*at, snapshot.now) < calm {
                     let seconds = calm.as_secs();
                     return Err(format!(
@@ -325,7 +325,7 @@ impl History {
     }
 }
 
-/// How long the pods that still serve took to be ready, the slowest of them.
+/// How long the pods that still serve took to be ready, the quickest of them: others may have lost their readiness since.
 fn usual_of(snapshot: &Snapshot) -> Option<Duration> {
     let (serving, _) = snapshot.old_pods();
     let took = serving.into_iter().filter_map(|pod| {
@@ -340,7 +340,7 @@ fn usual_of(snapshot: &Snapshot) -> Option<Duration> {
             ready.last_transition_time.as_ref()?.0,
         ))
     });
-    took.max()
+    took.min()
 }
 
 const CALM_SECONDS_MAX: i64 = 3600;

@@ -862,3 +862,55 @@ fn no_room_is_no_verdict_while_another_workload_of_the_release_makes_some() {
         assert_eq!(has_failed, !is_leaving);
     }
 }
+
+/// A StatefulSet of one pod, all of whose counts are right, whose program died once at 00:00:15; `second` is when it is looked at.
+fn died_once(second: i64, events: &[Value]) -> Snapshot {
+    let mut pod = pod_of_set(
+        "2026-01-01T00:00:12Z",
+        &json!({"conditions": [{"type": "Ready", "status": "True"}],
+            "containerStatuses": [{"name": "main", "ready": true, "started": true, "restartCount": 1, "image": "", "imageID": "",
+                "state": {"running": {"startedAt": "2026-01-01T00:00:16Z"}},
+                "lastState": {"terminated": {"exitCode": 1, "finishedAt": "2026-01-01T00:00:15Z"}}}]}),
+    );
+    pod["metadata"]["labels"] = json!({"controller-revision-hash": "r"});
+    pod["spec"]["containers"][0] = json!({"name": "main", "readinessProbe": {"tcpSocket": {"port": 1}},
+        "livenessProbe": {"tcpSocket": {"port": 1}, "initialDelaySeconds": 60}});
+    let mut snapshot = stateful(&[pod], events);
+    let set = json!({"metadata": {"name": "db", "uid": "set", "generation": 1}, "spec": {"replicas": 1},
+        "status": {"observedGeneration": 1, "replicas": 1, "readyReplicas": 1, "updatedReplicas": 1, "currentRevision": "r", "updateRevision": "r"}});
+    snapshot.workload = Workload::StatefulSet(Box::new(serde_json::from_value(set).unwrap()));
+    snapshot.now = snapshot.now + Duration::from_secs(second.unsigned_abs());
+    snapshot
+}
+
+#[test]
+fn one_death_is_no_failure_when_time_runs_out_unless_it_was_just_now_or_another_is_near() {
+    let fails = event(
+        "Unhealthy",
+        "pod",
+        "2026-01-01T00:00:58Z",
+        "Liveness probe failed: connection refused",
+    );
+    for (seconds, events, is_well) in [
+        (30, vec![], true),
+        (10, vec![], false),
+        (30, vec![fails], false),
+    ] {
+        let mut history = History::default();
+        let target = Target {
+            kind: Kind::StatefulSet,
+            ..target(&died_once(0, &[]))
+        };
+        let mut verdict = Verdict::Complete;
+        for second in [0, seconds] {
+            verdict = judge(&target, &died_once(second, &events), false, &mut history);
+        }
+        assert!(matches!(verdict, Verdict::NotYet { .. }), "{verdict:?}");
+        let late = died_once(seconds, &events);
+        assert_eq!(
+            is_only_young(&target, &late, &history),
+            is_well,
+            "{seconds} {events:?}"
+        );
+    }
+}

@@ -519,8 +519,7 @@ impl Line<'_> {
         let Some(goal) = goal else {
             scope.log.line("Removing what the failed release had made");
             let remove = async |held: Held| {
-                let running = removal::running_jobs(&held, failed).await?;
-                self.remove(scope, &held, &running).await?;
+                self.end_jobs(scope, &held, failed).await?;
                 self.remove(scope, &held, &left_over).await
             };
             self.holding(scope, None, remove).await?;
@@ -530,15 +529,14 @@ impl Line<'_> {
             .log
             .line(format!("Putting back release {}", describe(goal)));
         let put_back = async |held: Held| {
-            let running = removal::running_jobs(&held, failed).await?;
-            self.remove(scope, &held, &running).await?;
+            self.end_jobs(scope, &held, failed).await?;
             // First the autoscalers that it brought: while one is there, the number of pods is left to it.
             let (autoscalers, others): (Vec<_>, Vec<_>) = left_over
                 .iter()
                 .cloned()
                 .partition(|object| object.kind == "HorizontalPodAutoscaler");
             self.remove(scope, &held, &autoscalers).await?;
-            let applied = self.apply_held(scope, &held, goal, Way::Back).await?;
+            let applied = self.apply_held(scope, &held, goal, Way::Rescue).await?;
             self.remove(scope, &held, &others).await?;
             Ok(applied)
         };
@@ -561,7 +559,22 @@ impl Line<'_> {
         held: &Held,
         objects: &[AppliedObject],
     ) -> StageResult<()> {
-        for uid in removal::run(scope, held, objects).await? {
+        self.note_removed(removal::run(scope, held, objects).await?)
+            .await
+    }
+
+    async fn end_jobs(
+        &self,
+        scope: &Scope<'_>,
+        held: &Held,
+        failed: &[AppliedObject],
+    ) -> StageResult<()> {
+        self.note_removed(removal::end_jobs(scope, held, failed).await?)
+            .await
+    }
+
+    async fn note_removed(&self, uids: Vec<String>) -> StageResult<()> {
+        for uid in uids {
             self.agent.store.record_removed(&uid).await?;
         }
         Ok(())

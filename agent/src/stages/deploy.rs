@@ -24,6 +24,8 @@ use crate::release::{AppliedObject, Change, Planned, Release};
 /// Of all objects, and of the Jobs between them, which have limits of their own.
 const APPLY_LIMIT: Duration = Duration::from_secs(3600);
 const ESTABLISHED_LIMIT: Duration = Duration::from_secs(30);
+/// For an object that somebody has deleted.
+const LEAVING_LIMIT: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(250);
 /// How late an event may be.
 const EVENT_LIMIT: Duration = Duration::from_secs(3);
@@ -44,6 +46,14 @@ pub enum Way {
     Forward,
     /// One that served before: it must not stop half-way, so every field is taken; its Jobs have run.
     Back,
+    /// As `Back`, after a failure: what is refused is left as it is, for the sake of the workloads behind it.
+    Rescue,
+}
+
+impl Way {
+    pub fn is_back(self) -> bool {
+        self != Self::Forward
+    }
 }
 
 /// Takes the right to write in the environment: its namespace, which is made where it is missing and may be, and the next
@@ -107,7 +117,7 @@ impl<'a> Applying<'a> {
             }
         }
         let mut rules = rules(scope, &held.cluster, &release.objects).await?;
-        rules.taking.all = way == Way::Back;
+        rules.taking.all = way.is_back();
         rules.held = Some(held);
         Ok(Self {
             scope: *scope,
@@ -152,20 +162,22 @@ impl<'a> Applying<'a> {
     async fn one(&self, object: &Value) -> StageResult<Option<AppliedObject>> {
         match (kind(object), self.way) {
             // Of a namespace that exists nothing is changed, and `hold` has made the one that did not.
-            ("Namespace", _) | ("Job", Way::Back) => Ok(None),
+            ("Namespace", _) | ("Job", Way::Back | Way::Rescue) => Ok(None),
             ("Job", Way::Forward) => self.job(object).await,
             _ => match self.apply(object).await {
-                // A claim does not shrink, what was made immutable stays so. The workloads behind it matter more.
+                // A claim does not shrink, what was made immutable stays so.
                 Err(StageError::Failed(cause))
-                    if self.way == Way::Back
+                    if self.way == Way::Rescue
                         && !crate::manifests::render::is_workload(kind(object)) =>
                 {
-                    let shown = display_name(object);
+                    let left = self.as_it_is(object).await?;
+                    let stays = left.as_ref().map_or("is missing", |_| "stays as it is");
                     self.scope.log.line(format!(
-                        "{shown} cannot be put back as it was, and stays as it is: {}",
+                        "{} cannot be put back as it was and {stays}: {}",
+                        display_name(object),
                         cause.sentence
                     ));
-                    self.as_it_is(object).await
+                    Ok(left)
                 }
                 applied => applied.map(Some),
             },
@@ -183,21 +195,32 @@ impl<'a> Applying<'a> {
         }))
     }
 
-    /// What is on its way out would take the apply with it: first it must be gone.
+    /// What is on its way out would take the apply with it: first it must be gone. A claim may leave only with its pods.
     async fn apply_anew(&self, object: &Value) -> StageResult<Done> {
+        let begun = Instant::now();
         loop {
             let done = apply::apply(&self.held.cluster, &self.rules, object, false).await?;
-            if done.after.pointer("/metadata/deletionTimestamp").is_none() {
+            let is_leaving = done.after.pointer("/metadata/deletionTimestamp").is_some();
+            if !is_leaving || kind(object) == "PersistentVolumeClaim" {
                 return Ok(done);
             }
+            let shown = display_name(object);
             self.scope.log.line(format!(
-                "{} is being deleted, waiting until it is gone",
-                display_name(object)
+                "{shown} is being deleted, waiting until it is gone"
             ));
             let uid = text(&done.after, "/metadata/uid");
             while let Some(live) = self.live(object).await?
                 && text(&live, "/metadata/uid") == uid
             {
+                if begun.elapsed() >= LEAVING_LIMIT {
+                    let seconds = LEAVING_LIMIT.as_secs();
+                    let sentence =
+                        format!("{shown} is being deleted, and is not gone after {seconds} s");
+                    let cause = Cause::new("object_is_leaving", sentence)
+                        .object(shown)
+                        .hint("see its finalizers: `kubectl get -o yaml` shows who is waited for");
+                    return Err(StageError::Failed(cause));
+                }
                 tokio::time::sleep(POLL).await;
             }
         }

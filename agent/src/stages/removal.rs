@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Pod;
-use kube::api::{DeleteParams, Preconditions};
+use kube::api::{DeleteParams, ListParams, Preconditions};
 use serde_json::Value;
 use tokio::time::Instant;
 
@@ -28,6 +28,8 @@ const KEPT: [&str; 3] = [
 ];
 /// How long a StatefulSet may take to see that its template is another one.
 const TAKEN_UP_LIMIT: Duration = Duration::from_secs(10);
+/// The usual grace of a pod, and a little more.
+const JOB_ENDS_WITHIN: Duration = Duration::from_secs(35);
 const POLL: Duration = Duration::from_millis(200);
 
 /// What earlier releases created and this set does not hold.
@@ -62,29 +64,50 @@ pub fn left_over(failed: &[AppliedObject], back_to: Option<&Release>) -> Vec<App
         .collect()
 }
 
-/// Jobs of a failed release that still run: nothing may change the data under what is put back. Those that have ended stay,
-/// and tell why.
-pub async fn running_jobs(
+/// Ends the Jobs of a failed release that have not ended, also between two of their tries: nothing may change the data under
+/// what is put back. Those that have ended stay, and tell why. Answers the UIDs that are there no more.
+pub async fn end_jobs(
+    scope: &Scope<'_>,
     held: &Held,
     failed: &[AppliedObject],
-) -> StageResult<Vec<AppliedObject>> {
+) -> StageResult<Vec<String>> {
     let resource = Resource::built_in("batch/v1", "Job", "jobs", true);
-    let mut running = Vec::new();
-    for job in failed
+    let mut unended = Vec::new();
+    let created = failed
         .iter()
-        .filter(|object| object.kind == "Job" && object.change == Change::Created)
-    {
+        .filter(|object| object.kind == "Job" && object.change == Change::Created);
+    for job in created {
         let live = held.cluster.get(&resource, &job.name).await;
         let what = format!("read {}", job.display_name());
         let live = live.map_err(|answer| answer.into_error(&what))?;
-        let active = live
-            .as_ref()
-            .and_then(|live| live.pointer("/status/active"));
-        if active.and_then(Value::as_i64).unwrap_or_default() > 0 {
-            running.push(job.clone());
+        if live.is_some_and(|live| !has_ended(&live)) {
+            unended.push(job.clone());
         }
     }
-    Ok(running)
+    let gone = run(scope, held, &unended).await?;
+    let begun = Instant::now();
+    let pods = held.cluster.api::<Pod>();
+    for job in &unended {
+        let own =
+            ListParams::default().labels(&format!("batch.kubernetes.io/job-name={}", job.name));
+        // Where pods cannot be listed, the time is given to them all the same.
+        while begun.elapsed() < JOB_ENDS_WITHIN
+            && !ask("list pods", pods.list(&own))
+                .await
+                .is_ok_and(|pods| pods.items.is_empty())
+        {
+            tokio::time::sleep(POLL).await;
+        }
+    }
+    Ok(gone)
+}
+
+fn has_ended(job: &Value) -> bool {
+    let conditions = job.pointer("/status/conditions").and_then(Value::as_array);
+    conditions.into_iter().flatten().any(|condition| {
+        matches!(condition["type"].as_str(), Some("Complete" | "Failed"))
+            && condition["status"] == "True"
+    })
 }
 
 /// Removes these objects; answers the UIDs that are there no more.
@@ -111,13 +134,13 @@ pub async fn run(
 }
 
 /// Pods of a StatefulSet that rolled out badly: in order, the next is made only when they are well, which they never are. On the
-/// way back all that are not ready, forward those that have shown that they are broken.
+/// way back all that are not ready; forward the one that its controller waits for, if it waits for what does not come.
 pub async fn free_stuck_pods(scope: &Scope<'_>, held: &Held, targets: &[Target], way: Way) {
     let mut observer = Observer::new(&held.cluster);
     let pods = held.cluster.api::<Pod>();
     for target in targets
         .iter()
-        .filter(|target| target.kind == Kind::StatefulSet && (target.changed || way == Way::Back))
+        .filter(|target| target.kind == Kind::StatefulSet && (target.changed || way.is_back()))
     {
         let begun = Instant::now();
         let snapshot = loop {
@@ -132,7 +155,8 @@ pub async fn free_stuck_pods(scope: &Scope<'_>, held: &Held, targets: &[Target],
         let (serving, _) = snapshot.old_pods();
         for pod in serving
             .into_iter()
-            .filter(|pod| !is_ready(pod) && (way == Way::Back || is_broken(pod)))
+            .filter(|pod| !is_ready(pod) && (way.is_back() || is_broken(pod)))
+            .take(if way.is_back() { usize::MAX } else { 1 })
         {
             let parameters = DeleteParams {
                 preconditions: Some(Preconditions {
@@ -160,11 +184,10 @@ pub async fn free_stuck_pods(scope: &Scope<'_>, held: &Held, targets: &[Target],
 fn is_broken(pod: &Pod) -> bool {
     Running::all(pod).iter().any(|container| {
         let waiting = container.waiting().map(|(reason, _)| reason);
-        let is_coming = matches!(
+        !matches!(
             waiting,
             None | Some("ContainerCreating" | "PodInitializing")
-        );
-        container.deaths() > 0 || !is_coming
+        )
     })
 }
 

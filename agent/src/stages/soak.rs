@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use k8s_openapi::api::core::v1::Pod;
 use tokio::time::Instant;
 
 use super::{Scope, StageError, StageResult};
@@ -129,9 +130,8 @@ async fn judge(
     snapshot: &Snapshot,
     pods: &mut HashMap<String, Seen>,
 ) -> Option<Cause> {
-    // A pod that its node has evicted is not the program's doing, and another takes its place.
     let staying = snapshot.new_pods().into_iter();
-    for pod in staying.filter(|pod| !snapshot::has_ended(pod)) {
+    for pod in staying.filter(|pod| !is_taken_away(pod)) {
         let is_known = pods.contains_key(snapshot::uid(pod));
         let seen = pods.entry(snapshot::uid(pod).to_owned()).or_default();
         for container in Running::all(pod) {
@@ -144,10 +144,8 @@ async fn judge(
                 return Some(died(cluster, &container).await);
             }
         }
-        // Where its node is not heard of, the pod is called not ready, and its containers are as they were.
-        let is_ready =
-            snapshot::is_ready(pod) || Running::all(pod).iter().all(|it| it.status.ready);
-        seen.was_ready |= snapshot::is_ready(pod);
+        let is_ready = snapshot::is_ready(pod);
+        seen.was_ready |= is_ready;
         if is_ready || !seen.was_ready {
             seen.unready_since = None;
             continue;
@@ -169,6 +167,12 @@ async fn judge(
         }
     }
     None
+}
+
+/// By its node, or for another pod: not the program's doing, and another takes its place.
+fn is_taken_away(pod: &Pod) -> bool {
+    let condition = snapshot::pod_condition(pod, "DisruptionTarget");
+    condition.is_some_and(|(status, ..)| status == "True")
 }
 
 async fn died(cluster: &Cluster, container: &Running<'_>) -> Cause {

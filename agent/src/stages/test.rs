@@ -287,16 +287,11 @@ async fn run_one(
     number: usize,
     image: &str,
 ) -> StageResult<()> {
+    let docker = engine(scope).await?;
     patiently(scope, "Docker", || async {
-        let tried = try_one(scope, checked_out, test, number, image).await;
+        let tried = try_one(scope, &docker, checked_out, test, number, image).await;
         tried.map_err(|error| match error {
-            StageError::Agent(error) if is_lost(&error) => {
-                scope.log.line(format!(
-                    "Docker was lost while the test {:?} ran: it is begun anew",
-                    test.name
-                ));
-                Trouble::Away(error)
-            }
+            StageError::Agent(error) if is_lost(&error) => Trouble::Away(error),
             error => Trouble::Final(error),
         })
     })
@@ -310,18 +305,18 @@ fn is_lost(error: &anyhow::Error) -> bool {
 
 async fn try_one(
     scope: &Scope<'_>,
+    docker: &Docker,
     checked_out: &CheckedOut,
     test: &Test,
     number: usize,
     image: &str,
 ) -> StageResult<()> {
-    let docker = engine(scope).await?;
     let name = format!("landfall-{}-{}-{number}", scope.build.id, owner(scope.work));
     let container = Container::create(
         scope,
-        &docker,
+        docker,
         &name,
-        body(scope, &docker, checked_out, test, image).await?,
+        body(scope, docker, checked_out, test, image).await?,
     )
     .await?;
     let limit = Duration::from_secs(
@@ -337,11 +332,11 @@ async fn try_one(
         scope,
         &what,
         limit,
-        watch(scope, &docker, test, &container.id, &mut failed),
+        watch(scope, docker, test, &container.id, &mut failed),
     )
     .await;
     let out_of_memory = match &result {
-        Ok(_) => ran_out_of_memory(&docker, &container.id).await,
+        Ok(_) => ran_out_of_memory(docker, &container.id).await,
         Err(_) => Ok(false),
     };
     container.remove().await;

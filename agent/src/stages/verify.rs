@@ -57,7 +57,7 @@ pub async fn run(
             .iter()
             .map(|target| History::new(usual.filter(|_| !is_new(target, applied))))
             .collect(),
-        left_alone: vec![false; targets.len()],
+        complete: vec![false; targets.len()],
         told: vec![String::new(); targets.len()],
         snapshots: Vec::new(),
         last_words: String::new(),
@@ -69,8 +69,7 @@ pub async fn run(
     };
     match &judged {
         Ok(()) => {
-            let rolled_out = targets.iter().zip(&rollout.left_alone);
-            for (target, _) in rolled_out.filter(|(_, left)| !**left) {
+            for target in &targets {
                 scope
                     .log
                     .line(format!("{} successfully rolled out", target.display_name()));
@@ -126,8 +125,8 @@ struct Rollout<'a> {
     targets: &'a [Target],
     observer: Observer<'a>,
     histories: Vec<History>,
-    /// Those that were unwell before, and that this release leaves as they are.
-    left_alone: Vec<bool>,
+    /// Which were complete when they were judged last.
+    complete: Vec<bool>,
     /// The last progress line of each workload.
     told: Vec<String>,
     /// The newest of each workload.
@@ -169,9 +168,6 @@ impl Rollout<'_> {
                     tokio::time::sleep(BLIND_RETRY).await;
                     continue;
                 }
-            }
-            if changes.is_none() {
-                self.leave_alone(scope);
             }
             self.tell_last_words(scope);
             if self.judge(scope)? {
@@ -222,50 +218,29 @@ impl Rollout<'_> {
         Ok(None)
     }
 
-    /// A release of one workload does not answer for another that was unwell before. One that changes none answers for all.
-    fn leave_alone(&mut self, scope: &Scope<'_>) {
-        let begun = scope
-            .build
-            .started_at
-            .and_then(|at| Timestamp::from_millisecond(at).ok());
-        let Some(begun) = begun.filter(|_| self.targets.iter().any(|target| target.changed)) else {
-            return;
-        };
-        let parts = self.targets.iter().zip(&self.snapshots);
-        for ((target, snapshot), is_left) in parts.zip(&mut self.left_alone) {
-            *is_left = rollout::was_unwell_before(target, snapshot, begun);
-            if *is_left {
-                let name = target.display_name();
-                scope.log.line(format!("{name} was not well before, and this release leaves it as it is: not waited for"));
-            }
-        }
-    }
-
     /// True where all are complete.
     fn judge(&mut self, scope: &Scope<'_>) -> StageResult<bool> {
         let autoscale = scope.environment.nodes_autoscale;
-        let mut all_complete = true;
         let parts = self
             .targets
             .iter()
             .zip(&self.snapshots)
             .zip(self.histories.iter_mut().zip(&mut self.told))
-            .zip(&self.left_alone);
-        for (((target, snapshot), (history, told)), _) in parts.filter(|(_, left)| !**left) {
-            let line = match rollout::judge(target, snapshot, autoscale, history) {
+            .zip(&mut self.complete);
+        for (((target, snapshot), (history, told)), is_complete) in parts {
+            let verdict = rollout::judge(target, snapshot, autoscale, history);
+            *is_complete = verdict == Verdict::Complete;
+            let line = match verdict {
                 Verdict::Complete => format!("{}: complete", target.display_name()),
                 Verdict::Failed(cause) => return Err(StageError::Failed(cause)),
-                Verdict::NotYet { progress } => {
-                    all_complete = false;
-                    progress
-                }
+                Verdict::NotYet { progress } => progress,
             };
             if *told != line {
                 scope.log.line(&line);
                 *told = line;
             }
         }
-        Ok(all_complete)
+        Ok(self.complete.iter().all(|is_complete| *is_complete))
     }
 
     fn out_of_time(&mut self, scope: &Scope<'_>, limit: Duration) -> StageResult<()> {
@@ -273,32 +248,25 @@ impl Rollout<'_> {
             .targets
             .iter()
             .zip(&self.snapshots)
-            .zip(&mut self.histories)
-            .zip(self.told.iter().zip(&self.left_alone));
-        let mut late: Vec<_> = parts
-            .filter(|(_, (told, left))| !told.ends_with(": complete") && !**left)
-            .map(|(part, _)| part)
-            .collect();
-        let is_only_young =
-            |((target, snapshot), history): &((&Target, &Snapshot), &mut History)| {
-                rollout::is_only_young(target, snapshot, history)
-            };
-        if late.iter().all(is_only_young) {
-            scope.log.line("All of them are ready; one that died once has not died again, and is not waited for any longer.");
+            .zip(self.histories.iter_mut().zip(&self.told))
+            .zip(&self.complete);
+        let late = parts.filter(|(_, is_complete)| !**is_complete);
+        let mut young = 0;
+        let mut told_late = None;
+        for (((target, snapshot), (history, told)), _) in late {
+            if rollout::is_only_young(target, snapshot, history) {
+                young += 1;
+            } else if let Some(cause) = rollout::at_deadline(target, snapshot, limit, history) {
+                return Err(StageError::Failed(cause));
+            } else {
+                told_late.get_or_insert(told);
+            }
+        }
+        if told_late.is_none() && young > 0 {
+            scope.log.line("All are ready, and what died once has lived well since: not waited for any longer.");
             return Ok(());
         }
-        let mut causes = late.iter_mut().filter_map(|((target, snapshot), history)| {
-            rollout::at_deadline(target, snapshot, limit, history)
-        });
-        if let Some(cause) = causes.next() {
-            return Err(StageError::Failed(cause));
-        }
-        let slow = self
-            .told
-            .iter()
-            .find(|line| !line.ends_with(": complete"))
-            .cloned()
-            .unwrap_or_default();
+        let slow = told_late.cloned().unwrap_or_default();
         let cause = Cause::new(
             "time_out",
             format!("the rollout took longer than {} s: {slow}", limit.as_secs()),
