@@ -247,9 +247,8 @@ async fn back(
     let held = deploy::hold(scope, found).await?;
     if let Some(found) = found {
         removal::end_jobs(scope, &held, failed).await?;
-        let (autoscalers, others): (Vec<_>, Vec<_>) = removal::left_over(failed, Some(found))
-            .into_iter()
-            .partition(|object| object.kind == "HorizontalPodAutoscaler");
+        let left_over = removal::left_over(failed, Some(found));
+        let (autoscalers, others) = removal::autoscalers_first(left_over);
         removal::run(scope, &held, &autoscalers).await?;
         let mut applying = Applying::begin(scope, &held, found, Way::Rescue).await?;
         let mut objects = Vec::new();

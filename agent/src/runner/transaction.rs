@@ -528,13 +528,9 @@ impl Line<'_> {
         scope
             .log
             .line(format!("Putting back release {}", describe(goal)));
+        let (autoscalers, others) = removal::autoscalers_first(left_over);
         let put_back = async |held: Held| {
             self.end_jobs(scope, &held, failed).await?;
-            // First the autoscalers that it brought: while one is there, the number of pods is left to it.
-            let (autoscalers, others): (Vec<_>, Vec<_>) = left_over
-                .iter()
-                .cloned()
-                .partition(|object| object.kind == "HorizontalPodAutoscaler");
             self.remove(scope, &held, &autoscalers).await?;
             let applied = self.apply_held(scope, &held, goal, Way::Rescue).await?;
             self.remove(scope, &held, &others).await?;

@@ -262,11 +262,7 @@ impl<'a> Applying<'a> {
 
     /// A Job runs once for one content, by its name: where it is there already, only its end is awaited.
     async fn job(&self, object: &Value) -> StageResult<Option<AppliedObject>> {
-        let resource = Resource::built_in("batch/v1", "Job", "jobs", true);
-        let live = self.held.cluster.get(&resource, name(object)).await;
-        let live =
-            live.map_err(|answer| answer.into_error(&format!("read {}", display_name(object))))?;
-        let Some(live) = live else {
+        let Some(live) = self.live(object).await? else {
             if self.is_gone_by_itself(object).await? {
                 let shown = display_name(object);
                 self.scope

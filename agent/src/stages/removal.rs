@@ -64,6 +64,13 @@ pub fn left_over(failed: &[AppliedObject], back_to: Option<&Release>) -> Vec<App
         .collect()
 }
 
+/// `objects` in two turns: autoscalers, and the rest. While an autoscaler is there, an apply leaves the number of pods to it.
+pub fn autoscalers_first(objects: Vec<AppliedObject>) -> (Vec<AppliedObject>, Vec<AppliedObject>) {
+    objects
+        .into_iter()
+        .partition(|object| object.kind == "HorizontalPodAutoscaler")
+}
+
 /// Ends the Jobs of a failed release that have not ended, also between two of their tries: nothing may change the data under
 /// what is put back. Those that have ended stay, and tell why. Answers the UIDs that are there no more.
 pub async fn end_jobs(
