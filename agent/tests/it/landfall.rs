@@ -478,7 +478,7 @@ impl Landfall {
             "/api/v1/namespaces/{}/services/hello:80/proxy{path}",
             self.namespace.0
         );
-        crate::support::kubectl(&["get", "--raw", &service])
+        crate::support::api("GET", &service, None).unwrap()
     }
 }
 
