@@ -30,6 +30,9 @@ pub struct Release {
     /// What earlier releases made and this one no longer has: removed once it is live.
     #[serde(default)]
     pub prune: Vec<AppliedObject>,
+    /// What of the serving release was not well before anything was changed.
+    #[serde(default)]
+    pub unwell: Vec<Unwell>,
     /// Images that are built elsewhere: the manifest's reference, and the one with a digest that it was resolved to.
     #[serde(default)]
     pub pinned: BTreeMap<String, String>,
@@ -39,6 +42,18 @@ pub struct Release {
     pub first_release: FirstRelease,
     /// Hash of `objects` before build, commit and change-cause are written into them.
     pub set_hash: String,
+}
+
+/// A workload that failed before a release changed anything: as long as it is the same and fails in the same way, that is not
+/// the release's doing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unwell {
+    /// `deployment/worker`.
+    pub object: String,
+    /// The hash of its template and of the ConfigMaps and Secrets that it names.
+    pub template: String,
+    /// `Cause::id` of what is wrong with it.
+    pub cause: String,
 }
 
 /// One object as it was applied.

@@ -19,7 +19,7 @@ use crate::manifests::{self, Manifest, files, text};
 use crate::pipeline::Verify;
 use crate::release::{AppliedObject, Release};
 use crate::stages::deploy::{self, Applying, Way};
-use crate::stages::verify::{self, Show};
+use crate::stages::verify::{self, Known, Show};
 use crate::stages::{Applied, Scope, StageError, StageResult, plan, removal};
 
 /// Plan, apply and verify manifests, in the place of `kubectl apply && kubectl rollout status`
@@ -75,7 +75,7 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let done = standalone::with_log(Stage::Deploy, async |log, cancel| {
         let scope = standalone::scope(&build, &environment, &docker, log, cancel);
         let found = match plan::review(&scope, &cluster, &mut release, &places, &[]).await {
-            Ok(found) => found,
+            Ok(live) => plan::found(&release, live),
             Err(error) => return standalone::report(&error),
         };
         if arguments.plan {
@@ -233,7 +233,7 @@ async fn forward(
         release_id: 0,
         objects: objects.clone(),
     };
-    verify::run(scope, release, &applied, None, Show::Cause)
+    verify::run(scope, release, &applied, &Known::default(), Show::Cause)
         .await
         .map(drop)
 }
@@ -262,7 +262,7 @@ async fn back(
             release_id: 0,
             objects,
         };
-        return verify::run(scope, found, &applied, None, Show::Cause)
+        return verify::run(scope, found, &applied, &Known::default(), Show::Cause)
             .await
             .map(drop);
     }

@@ -106,6 +106,7 @@ pub fn release(environment: &Environment, verify: Verify) -> Release {
         objects: Vec::new(),
         plan: Vec::new(),
         prune: Vec::new(),
+        unwell: Vec::new(),
         pinned: std::collections::BTreeMap::new(),
         smoke_tests: Vec::new(),
         verify,

@@ -16,7 +16,7 @@ use crate::cluster::snapshot::{Kind, Target};
 use crate::config::Docker;
 use crate::pipeline::Verify;
 use crate::release::{AppliedObject, Change};
-use crate::stages::verify::{self, Show};
+use crate::stages::verify::{self, Known, Show};
 use crate::stages::{Applied, StageError};
 
 /// Watch a rollout to its end, in the place of `kubectl rollout status`: says why it fails, as soon as that is known
@@ -77,7 +77,7 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let (build, docker) = (standalone::build(0), Docker::default());
     let rolled_out = standalone::with_log(Stage::Verify, async |log, cancel| {
         let scope = standalone::scope(&build, &environment, &docker, log, cancel);
-        verify::run(&scope, &release, &applied, None, Show::Cause).await
+        verify::run(&scope, &release, &applied, &Known::default(), Show::Cause).await
     })
     .await?;
     Ok(match rolled_out {

@@ -118,6 +118,14 @@ pub fn is_only_young(target: &Target, snapshot: &Snapshot, history: &History) ->
         && history.is_calm(target, snapshot, |_| CALM_MIN).is_ok()
 }
 
+/// What is wrong with a workload that stands, whoever brought it: all of its deaths count. None where it has all its pods, and
+/// where nothing speaks against it but that it has not.
+pub fn unwell(target: &Target, snapshot: &Snapshot) -> Option<Cause> {
+    counted(target, snapshot).err()?;
+    let signs = diagnose::signs(target, snapshot, false, &|container| container.deaths());
+    signs.into_iter().next().map(|sign| sign.cause)
+}
+
 /// The cause of a pod's sign, with how many of the new pods show the same: `… (2 of 3 new pods)`.
 fn with_count(sign: &Sign, signs: &[Sign], snapshot: &Snapshot) -> Cause {
     let mut cause = sign.cause.clone();

@@ -204,6 +204,27 @@ fn three_minutes_later_each_has_its_own_cause() {
     }
 }
 
+/// No watch has seen it die: what stands is asked about before anything is changed.
+#[test]
+fn what_is_wrong_with_what_stands_is_known_at_one_look() {
+    for (name, id) in [
+        ("configkey", "config_key_missing"),
+        ("unschedulable", "unschedulable"),
+        ("readiness", "probe_refused"),
+        ("exit1", "crash_loop"),
+        ("oom", "oom_killed"),
+        ("notfound-tag", "image_not_found"),
+    ] {
+        let snapshot = snapshot(&documents(name), 180);
+        let target = Target {
+            changed: false,
+            ..target(&snapshot)
+        };
+        assert_eq!(unwell(&target, &snapshot).unwrap().id, id, "{name}");
+    }
+    assert_eq!(unwell(&healthy_target(), &snapshot(&healthy(), 30)), None);
+}
+
 /// Recorded by tests/it/verdicts.rs (RECORD_FIXTURES=1), as the cluster stood when it had its verdict.
 #[test]
 fn each_cause_is_read_from_what_the_cluster_showed() {

@@ -1199,6 +1199,7 @@ async fn only_what_serves_now_is_called_live() {
             pinned: std::collections::BTreeMap::new(),
             plan: Vec::new(),
             prune: Vec::new(),
+            unwell: Vec::new(),
             smoke_tests: Vec::new(),
             verify: Verify::default(),
             rollback: Rollback::Automatic,

@@ -16,10 +16,10 @@ use crate::cluster::evidence;
 use crate::cluster::lease::{Held, LeaseTaken};
 use crate::cluster::snapshot::Target;
 use crate::pipeline::{FirstRelease, Rollback};
-use crate::release::{AppliedObject, Change, Evidence, Release};
+use crate::release::{AppliedObject, Change, Evidence, Release, Unwell};
 use crate::stages::deploy::{self, Applying, KnownJobs, Way};
 use crate::stages::plan::{self, Ground, Plan};
-use crate::stages::verify::Show;
+use crate::stages::verify::{Known, Show};
 use crate::stages::{
     Applied, Built, CheckedOut, Live, RolledOut, Scope, StageError, StageResult, removal,
     smoke_test, soak, verify,
@@ -99,8 +99,10 @@ impl Line<'_> {
     ) -> StageResult<RolledOut> {
         let log = self.log.stage(Stage::Verify);
         let scope = self.unstopped(&log);
-        let usual = self.usual_rollout().await?;
-        let work = verify::run(&scope, release, applied, usual, Show::All);
+        let known = self
+            .known(unchanged(&release.unwell, release, applied))
+            .await?;
+        let work = verify::run(&scope, release, applied, &known, Show::All);
         self.journaled(Stage::Verify, &scope, work).await
     }
 
@@ -114,7 +116,7 @@ impl Line<'_> {
         let mut evidence = Vec::new();
         let work = async {
             let live = smoke_test::run(&scope, release, rolled_out, &mut evidence).await?;
-            soak::run(&scope, release, self.soaked_enough()).await?;
+            soak::run(&scope, release, &rolled_out.left, self.soaked_enough()).await?;
             Ok(live)
         };
         let live = self.journaled(Stage::SmokeTest, &scope, work).await;
@@ -449,7 +451,7 @@ impl Line<'_> {
         log.line(format!("Cause: {}", cause.sentence));
         let work = async {
             self.keep_evidence(&scope, failed, touched).await;
-            self.put_back(&scope, touched, goal.as_ref()).await
+            self.put_back(&scope, failed, touched, goal.as_ref()).await
         };
         match self.journaled(Stage::Rollback, &scope, work).await {
             Ok(PutBack {
@@ -512,14 +514,15 @@ impl Line<'_> {
     async fn put_back(
         &self,
         scope: &Scope<'_>,
-        failed: &[AppliedObject],
+        failed: &Release,
+        touched: &[AppliedObject],
         goal: Option<&Release>,
     ) -> StageResult<PutBack> {
-        let left_over = removal::left_over(failed, goal);
+        let left_over = removal::left_over(touched, goal);
         let Some(goal) = goal else {
             scope.log.line("Removing what the failed release had made");
             let remove = async |held: Held| {
-                self.end_jobs(scope, &held, failed).await?;
+                self.end_jobs(scope, &held, touched).await?;
                 self.remove(scope, &held, &left_over).await
             };
             self.holding(scope, None, remove).await?;
@@ -530,15 +533,16 @@ impl Line<'_> {
             .line(format!("Putting back release {}", describe(goal)));
         let (autoscalers, others) = removal::autoscalers_first(left_over);
         let put_back = async |held: Held| {
-            self.end_jobs(scope, &held, failed).await?;
+            self.end_jobs(scope, &held, touched).await?;
             self.remove(scope, &held, &autoscalers).await?;
             let applied = self.apply_held(scope, &held, goal, Way::Rescue).await?;
             self.remove(scope, &held, &others).await?;
             Ok(applied)
         };
         let applied = self.holding(scope, Some(goal), put_back).await?;
-        let usual = self.usual_rollout().await?;
-        let rolled_out = verify::run(scope, goal, &applied, usual, Show::All).await?;
+        // What was not well before the failed release is as good as it was, where it is no worse.
+        let known = self.known(failed.unwell.clone()).await?;
+        let rolled_out = verify::run(scope, goal, &applied, &known, Show::All).await?;
         // It has proved itself before, so that it is not soaked again.
         smoke_test::run(scope, goal, &rolled_out, &mut Vec::new()).await?;
         scope
@@ -718,16 +722,31 @@ impl Line<'_> {
         }
     }
 
-    async fn usual_rollout(&self) -> anyhow::Result<Option<Duration>> {
-        let millis = self
-            .agent
-            .store
-            .usual_rollout(&self.build.environment)
-            .await?;
-        Ok(millis
-            .and_then(|millis| u64::try_from(millis).ok())
-            .map(Duration::from_millis))
+    async fn known(&self, unwell: Vec<Unwell>) -> anyhow::Result<Known> {
+        let store = &self.agent.store;
+        let millis = store.usual_rollout(&self.build.environment).await?;
+        let usual = millis.and_then(|millis| u64::try_from(millis).ok());
+        // What was seen when a release was planned says nothing of the day on which it is brought back.
+        let is_of_today = !self.build.kind.brings_back();
+        Ok(Known {
+            usual: usual.map(Duration::from_millis),
+            unwell: if is_of_today { unwell } else { Vec::new() },
+        })
     }
+}
+
+/// Those of which the apply changed nothing; none where no workload is well, so that there is nothing that would prove a release.
+fn unchanged(unwell: &[Unwell], release: &Release, applied: &Applied) -> Vec<Unwell> {
+    if unwell.len() == Target::serving(release).len() {
+        return Vec::new();
+    }
+    let is_unchanged = |unwell: &&Unwell| {
+        let mut objects = applied.objects.iter();
+        objects.any(|object| {
+            object.change == Change::Unchanged && object.display_name() == unwell.object
+        })
+    };
+    unwell.iter().filter(is_unchanged).cloned().collect()
 }
 
 fn rollback_hint(

@@ -189,6 +189,9 @@ pub struct RolledOut {
     pub release_id: i64,
     /// Workload (`deployment/hello-axum`) and its revision.
     pub revisions: Vec<(String, String)>,
+    /// Workloads that are no better than before, and no worse: nobody watches them any further.
+    #[serde(default)]
+    pub left: Vec<String>,
 }
 
 /// Smoke test's baton: the release is live.

@@ -15,11 +15,13 @@ use super::deploy::{change, namespace_is_there, rules};
 use super::{Built, CheckedOut, Scope, StageError, StageResult, foreign_images, limited, removal};
 use crate::builds::Cause;
 use crate::cluster::apply::{self, Done, Rules};
-use crate::cluster::{Cluster, Trouble, diff, observe, policy, wiring};
+use crate::cluster::observe::Observer;
+use crate::cluster::snapshot::{Kind, Target as Watched};
+use crate::cluster::{Cluster, Trouble, diff, observe, policy, rollout, wiring};
 use crate::manifests::render::{self, Places, Target, template_hash};
 use crate::manifests::{self, Manifest, api_version, display_name, files, kind, name, text};
 use crate::pipeline::Pipeline;
-use crate::release::{AppliedObject, Change, Planned, Release};
+use crate::release::{AppliedObject, Change, Planned, Release, Unwell};
 
 /// Of a dry run of 500 objects on a slow server.
 const LIMIT: Duration = Duration::from_secs(600);
@@ -79,6 +81,7 @@ pub async fn run(
         objects: rendered.objects,
         plan: Vec::new(),
         prune: Vec::new(),
+        unwell: Vec::new(),
         pinned,
         smoke_tests: pipeline.smoke_test.clone(),
         verify: pipeline.verify.clone(),
@@ -87,22 +90,26 @@ pub async fn run(
         set_hash: rendered.set_hash,
     };
     let created = &ground.created;
-    let found = review(scope, &cluster, &mut release, &rendered.places, created).await?;
-    Ok(Plan {
-        release,
-        found: found.filter(|_| ground.serving.is_none()),
-    })
+    let live = review(scope, &cluster, &mut release, &rendered.places, created).await?;
+    let found = match &ground.serving {
+        Some(serving) => {
+            release.unwell = unwell(scope, &cluster, serving, &live).await?;
+            None
+        }
+        None => found(&release, live),
+    };
+    Ok(Plan { release, found })
 }
 
-/// What a rendered release would change and remove, by the cluster's word; a refusal names the place of its object. With it
-/// comes what it finds there, as a release.
+/// What a rendered release would change and remove, by the cluster's word; a refusal names the place of its object. Answers
+/// with what stands there of it.
 pub async fn review(
     scope: &Scope<'_>,
     cluster: &Cluster,
     release: &mut Release,
     places: &Places,
     created: &[AppliedObject],
-) -> StageResult<Option<Release>> {
+) -> StageResult<Vec<Value>> {
     let objects = &release.objects;
     let work = dry_run(scope, cluster, objects, places);
     let (plan, live) = limited(scope, "the plan", LIMIT, work).await?;
@@ -116,7 +123,57 @@ pub async fn review(
     });
     release.plan.extend(removed);
     release.prune = prune;
-    Ok(found(release, live))
+    Ok(live)
+}
+
+/// Which workloads of the release that serves are not well already.
+async fn unwell(
+    scope: &Scope<'_>,
+    cluster: &Cluster,
+    serving: &Release,
+    live: &[Value],
+) -> StageResult<Vec<Unwell>> {
+    let mut unwell = Vec::new();
+    for target in Watched::serving(serving) {
+        let stands = live
+            .iter()
+            .find(|live| Kind::of(kind(live)) == Some(target.kind) && name(live) == target.name);
+        let template = stands.map_or("", template_hash);
+        if template.is_empty()
+            || target.release.as_deref() != Some(template)
+            || !stands.is_some_and(lacks_pods)
+        {
+            continue;
+        }
+        let look = || async { Observer::new(cluster).snapshot(&target).await };
+        let snapshot = seen(scope, look).await?;
+        let Some(cause) = snapshot.and_then(|snapshot| rollout::unwell(&target, &snapshot)) else {
+            continue;
+        };
+        scope.log.line(format!(
+            "{} is not well already, before this release: {}",
+            target.display_name(),
+            cause.sentence
+        ));
+        unwell.push(Unwell {
+            object: target.display_name(),
+            template: template.to_owned(),
+            cause: cause.id,
+        });
+    }
+    Ok(unwell)
+}
+
+/// By the status of a live workload.
+fn lacks_pods(live: &Value) -> bool {
+    let number = |pointer| live.pointer(pointer).and_then(Value::as_i64).unwrap_or(0);
+    let (there, wanted) = match Kind::of(kind(live)) {
+        Some(Kind::Deployment) => ("/status/availableReplicas", "/spec/replicas"),
+        Some(Kind::StatefulSet) => ("/status/readyReplicas", "/spec/replicas"),
+        Some(Kind::DaemonSet) => ("/status/numberAvailable", "/status/desiredNumberScheduled"),
+        Some(Kind::Job) | None => return false,
+    };
+    number(there) < number(wanted)
 }
 
 /// What is to be removed once the release is live; too much of it is left, and said.
@@ -142,12 +199,13 @@ fn prune(scope: &Scope<'_>, objects: &[Value], created: &[AppliedObject]) -> Vec
 }
 
 /// What people or another tool had put there before the first release: release 0.
-fn found(release: &Release, live: Vec<Value>) -> Option<Release> {
+pub fn found(release: &Release, live: Vec<Value>) -> Option<Release> {
     (!live.is_empty()).then(|| Release {
         commit: String::new(),
         image: String::new(),
         objects: live.into_iter().map(render::as_found).collect(),
         plan: Vec::new(),
+        unwell: Vec::new(),
         pinned: std::collections::BTreeMap::new(),
         smoke_tests: Vec::new(),
         set_hash: String::new(),

@@ -21,15 +21,17 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// A probe that fails once in between is no lost readiness.
 const UNREADY_FOR: Duration = Duration::from_secs(2);
 
-/// Watches the workloads of a release for as long as its `soak_seconds` say. `cut` answers why it is to end before: what it
+/// Watches the workloads of a release, but those that verify `left`, for as long as its `soak_seconds` say. `cut` answers why it is to end before: what it
 /// saw until then counts, and the release stays live.
 pub async fn run(
     scope: &Scope<'_>,
     release: &Release,
+    left: &[String],
     cut: impl Future<Output = String>,
 ) -> StageResult<()> {
     let length = Duration::from_secs(release.verify.soak_seconds);
-    let targets = Target::serving(release);
+    let mut targets = Target::serving(release);
+    targets.retain(|target| !left.contains(&target.display_name()));
     if length.is_zero() || targets.is_empty() {
         return Ok(());
     }

@@ -15,7 +15,7 @@ use crate::cluster::observe::{self, BLIND_RETRY, Changes, Observer, Sight, Unsee
 use crate::cluster::rollout::{self, History, Verdict};
 use crate::cluster::snapshot::{Kind, Snapshot, Target};
 use crate::cluster::tables;
-use crate::release::{Change, Release};
+use crate::release::{Change, Release, Unwell};
 
 /// Rules that count seconds are looked at so often, and so often a lost watch is made up for.
 const LOOK_EVERY: Duration = Duration::from_millis(750);
@@ -31,13 +31,21 @@ pub enum Show {
     Cause,
 }
 
-/// Waits until every workload of the release is rolled out, within pipeline.yaml's `verify: timeout_seconds`. `usual` is how
-/// long the rollouts of this environment's last good releases took.
+/// What is known of an environment from before the apply.
+#[derive(Debug, Default)]
+pub struct Known {
+    /// How long the rollouts of its last good releases took.
+    pub usual: Option<Duration>,
+    /// What failed already: it is left as it is, where it is still the same and fails in the same way.
+    pub unwell: Vec<Unwell>,
+}
+
+/// Waits until every workload of the release is rolled out, within pipeline.yaml's `verify: timeout_seconds`.
 pub async fn run(
     scope: &Scope<'_>,
     release: &Release,
     applied: &Applied,
-    usual: Option<Duration>,
+    known: &Known,
     shown: Show,
 ) -> StageResult<RolledOut> {
     let cluster = Cluster::connect(scope.environment).await?;
@@ -55,8 +63,10 @@ pub async fn run(
         observer,
         histories: targets
             .iter()
-            .map(|target| History::new(usual.filter(|_| !is_new(target, applied))))
+            .map(|target| History::new(known.usual.filter(|_| !is_new(target, applied))))
             .collect(),
+        unwell: &known.unwell,
+        left: vec![None; targets.len()],
         complete: vec![false; targets.len()],
         told: vec![String::new(); targets.len()],
         snapshots: Vec::new(),
@@ -69,10 +79,14 @@ pub async fn run(
     };
     match &judged {
         Ok(()) => {
-            for target in &targets {
-                scope
-                    .log
-                    .line(format!("{} successfully rolled out", target.display_name()));
+            for (target, left) in targets.iter().zip(&rollout.left) {
+                let name = target.display_name();
+                scope.log.line(match left {
+                    None => format!("{name} successfully rolled out"),
+                    Some(why) => {
+                        format!("{name} was not well before either, and is left as it is: {why}")
+                    }
+                });
             }
             rollout.remark(scope);
             rollout.remark_claims(scope, release).await;
@@ -95,8 +109,11 @@ pub async fn run(
     let revisions = targets.iter().zip(&rollout.snapshots);
     let revisions =
         revisions.map(|(target, snapshot)| (target.display_name(), rollout::revision(snapshot)));
+    let left = targets.iter().zip(&rollout.left);
+    let left = left.filter_map(|(target, left)| left.as_ref().map(|_| target.display_name()));
     Ok(RolledOut {
         release_id: applied.release_id,
+        left: left.collect(),
         revisions: revisions.collect(),
     })
 }
@@ -106,6 +123,25 @@ fn is_new(target: &Target, applied: &Applied) -> bool {
     let mut objects = applied.objects.iter();
     let name = target.display_name();
     objects.any(|object| object.display_name() == name && object.change == Change::Created)
+}
+
+/// What is wrong with a workload that failed before the apply in the same way, and has the same template.
+fn as_before(
+    unwell: &[Unwell],
+    target: &Target,
+    verdict: &Verdict,
+    is_wrong: impl FnOnce() -> Option<Cause>,
+) -> Option<String> {
+    let name = target.display_name();
+    let before = unwell.iter().find(|before| {
+        before.object == name && target.release.as_ref() == Some(&before.template)
+    })?;
+    let now = match verdict {
+        Verdict::Complete => None,
+        Verdict::Failed(cause) => Some(cause.clone()),
+        Verdict::NotYet { .. } => is_wrong(),
+    }?;
+    (now.id == before.cause).then_some(now.sentence)
 }
 
 /// Jobs have been waited for before; one that its own `ttlSecondsAfterFinished` took away is nothing to watch any more.
@@ -125,6 +161,9 @@ struct Rollout<'a> {
     targets: &'a [Target],
     observer: Observer<'a>,
     histories: Vec<History>,
+    unwell: &'a [Unwell],
+    /// What is wrong with each that failed before the apply already, and still does.
+    left: Vec<Option<String>>,
     /// Which were complete when they were judged last.
     complete: Vec<bool>,
     /// The last progress line of each workload.
@@ -226,14 +265,19 @@ impl Rollout<'_> {
             .iter()
             .zip(&self.snapshots)
             .zip(self.histories.iter_mut().zip(&mut self.told))
-            .zip(&mut self.complete);
-        for (((target, snapshot), (history, told)), is_complete) in parts {
+            .zip(self.complete.iter_mut().zip(&mut self.left));
+        for (((target, snapshot), (history, told)), (is_complete, left)) in parts {
             let verdict = rollout::judge(target, snapshot, autoscale, history);
-            *is_complete = verdict == Verdict::Complete;
-            let line = match verdict {
-                Verdict::Complete => format!("{}: complete", target.display_name()),
-                Verdict::Failed(cause) => return Err(StageError::Failed(cause)),
-                Verdict::NotYet { progress } => progress,
+            *left = as_before(self.unwell, target, &verdict, || {
+                rollout::unwell(target, snapshot)
+            });
+            *is_complete = left.is_some() || verdict == Verdict::Complete;
+            let name = target.display_name();
+            let line = match (verdict, &left) {
+                (_, Some(why)) => format!("{name}: not well, as before: {why}"),
+                (Verdict::Complete, None) => format!("{name}: complete"),
+                (Verdict::Failed(cause), None) => return Err(StageError::Failed(cause)),
+                (Verdict::NotYet { progress }, None) => progress,
             };
             if *told != line {
                 scope.log.line(&line);
@@ -364,6 +408,45 @@ async fn show(scope: &Scope<'_>, cluster: &Cluster) {
 mod tests {
     use super::*;
 
+    #[test]
+    fn only_what_is_the_same_and_fails_in_the_same_way_is_left_as_it_was() {
+        let target = Target {
+            release: Some("aaaa".to_owned()),
+            ..Target::named(Kind::Deployment, "worker")
+        };
+        let failed = |id: &str| Verdict::Failed(Cause::new(id, "it fails"));
+        let left = |object: &str, template: &str, verdict: &Verdict| {
+            let before = Unwell {
+                object: object.to_owned(),
+                template: template.to_owned(),
+                cause: "crash_loop".to_owned(),
+            };
+            as_before(&[before], &target, verdict, || {
+                Some(Cause::new("crash_loop", "it still fails"))
+            })
+        };
+        let same = failed("crash_loop");
+        assert_eq!(
+            left("deployment/worker", "aaaa", &same).unwrap(),
+            "it fails"
+        );
+        assert_eq!(
+            left("deployment/worker", "aaaa", &failed("oom_killed")),
+            None
+        );
+        assert_eq!(left("deployment/worker", "bbbb", &same), None);
+        assert_eq!(left("deployment/web", "aaaa", &same), None);
+        assert_eq!(left("deployment/worker", "aaaa", &Verdict::Complete), None);
+        let waiting = Verdict::NotYet {
+            progress: String::new(),
+        };
+        assert_eq!(
+            left("deployment/worker", "aaaa", &waiting).unwrap(),
+            "it still fails"
+        );
+        assert_eq!(as_before(&[], &target, &same, || None), None);
+    }
+
     /// A build runs as a task; a closure that borrows for any lifetime would forbid it, and say so far from here.
     #[test]
     fn the_stage_can_run_as_a_task() {
@@ -371,8 +454,9 @@ mod tests {
             scope: &'a Scope<'a>,
             release: &'a Release,
             applied: &'a Applied,
+            known: &'a Known,
         ) -> impl Send + 'a {
-            run(scope, release, applied, None, Show::All)
+            run(scope, release, applied, known, Show::All)
         }
         let _ = run_as_task;
     }

@@ -187,7 +187,7 @@ pub fn number(name: &str, sample: usize) -> usize {
     std::env::var(name).map_or(sample, |text| text.parse().unwrap())
 }
 
-fn quantile(samples: &mut [f64], percent: usize) -> Option<f64> {
+pub fn quantile(samples: &mut [f64], percent: usize) -> Option<f64> {
     samples.sort_by(f64::total_cmp);
     let at = (samples.len() * percent / 100).min(samples.len().checked_sub(1)?);
     samples

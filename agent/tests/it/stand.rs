@@ -6,7 +6,7 @@ use landfall::config::{Docker, Environment};
 use landfall::release::{AppliedObject, Change, Evidence, Release};
 use landfall::stages::{
     Applied, Live, RolledOut, Scope, StageError, StageResult, smoke_test, soak, verify,
-    verify::Show,
+    verify::{Known, Show},
 };
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
@@ -123,7 +123,14 @@ impl Stand {
     pub async fn verify(&self) -> StageResult<RolledOut> {
         let applied = self.apply();
         let log = self.log.stage(Stage::Verify);
-        verify::run(&self.scope(&log), &self.release, &applied, None, Show::All).await
+        verify::run(
+            &self.scope(&log),
+            &self.release,
+            &applied,
+            &Known::default(),
+            Show::All,
+        )
+        .await
     }
 
     pub async fn smoke_test(&mut self, tests: Value, soak_seconds: u64) -> StageResult<Live> {
@@ -132,6 +139,7 @@ impl Stand {
         let rolled_out = RolledOut {
             release_id: 7,
             revisions: Vec::new(),
+            left: Vec::new(),
         };
         let log = self.log.stage(Stage::SmokeTest);
         let scope = self.scope(&log);
@@ -148,7 +156,7 @@ impl Stand {
                     self.cancel.cancelled().await;
                     "the test says so".to_owned()
                 };
-                soak::run(&scope, &self.release, cut).await
+                soak::run(&scope, &self.release, &[], cut).await
             }
             Err(_) => Ok(()),
         };

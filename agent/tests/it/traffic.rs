@@ -4,14 +4,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
 use crate::landfall::Landfall;
-use crate::soak::{keep, number};
+use crate::soak::{keep, number, quantile};
 use crate::support::kubectl;
 
 const PER_SECOND: u64 = 200;
@@ -95,7 +95,23 @@ async fn in_time<T>(
     }
 }
 
-/// SOAK_RELEASES good and as many bad ones.
+/// What fails: while the old pods still serve, or in the smoke test, when all pods are new.
+const DIES: &str = "echo fatal: broken >&2; exit 1";
+const SAYS_ANOTHER_COMMIT: &str = "echo '{}' > /www/version; exec httpd -f -p 5000 -h /www";
+
+/// From the verdict until what served before is back, verified and smoke-tested.
+fn seconds_back(build: &Value) -> f64 {
+    let stages = build["stages"].as_array().unwrap();
+    let rollback = stages
+        .iter()
+        .find(|row| row["stage"] == "rollback")
+        .unwrap();
+    let at = |key: &str| rollback[key].as_i64().unwrap();
+    let millis = u32::try_from(at("done_at") - at("begun_at")).unwrap();
+    f64::from(millis) / 1000.0
+}
+
+/// SOAK_RELEASES good and as many bad ones, of either kind in turns.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_request_is_lost_over_good_and_bad_releases() {
     let rounds = number("SOAK_RELEASES", 5);
@@ -143,6 +159,7 @@ async fn no_request_is_lost_over_good_and_bad_releases() {
     .await;
 
     let load = Load::start(address);
+    let (mut back_beside_old, mut back_from_complete) = (Vec::new(), Vec::new());
     for round in 0..rounds {
         let page = format!("Hello {round}");
         let id = landfall
@@ -155,9 +172,11 @@ async fn no_request_is_lost_over_good_and_bad_releases() {
             "{build:#}\n{}",
             landfall.log(id).await
         );
-        let id = landfall
-            .push(&[("start.sh", "echo fatal: broken >&2; exit 1")])
-            .await;
+        let (bad, back) = match round % 2 {
+            0 => (DIES, &mut back_beside_old),
+            _ => (SAYS_ANOTHER_COMMIT, &mut back_from_complete),
+        };
+        let id = landfall.push(&[("start.sh", bad)]).await;
         let build = landfall.end(id).await;
         assert_eq!(
             build["outcome"],
@@ -165,6 +184,7 @@ async fn no_request_is_lost_over_good_and_bad_releases() {
             "{build:#}\n{}",
             landfall.log(id).await
         );
+        back.push(seconds_back(&build));
     }
     let (asked, failed) = load.stop().await;
     println!(
@@ -177,6 +197,11 @@ async fn no_request_is_lost_over_good_and_bad_releases() {
         "{} of {asked} requests failed: {:#?}",
         failed.len(),
         &failed[..failed.len().min(10)]
+    );
+    let figure = |seconds: &mut [f64]| json!({"samples": seconds.len(), "median": quantile(seconds, 50), "max": quantile(seconds, 100)});
+    keep(
+        "seconds_back_after_the_verdict",
+        &json!({"old_pods_served": figure(&mut back_beside_old), "all_pods_were_new": figure(&mut back_from_complete)}),
     );
     keep(
         "requests_over_releases",

@@ -287,6 +287,26 @@ async fn an_undo_goes_back_and_holds_there_until_it_is_unpinned() {
     let (code, said) = landfall.run_command(&["unpin", "hello"]);
     assert_eq!(code, Some(0), "{said}");
     assert_eq!(landfall.served("/index.html").trim(), "Hello three");
+
+    // By the number that kubectl shows, which the undo has moved.
+    let rollouts = kubectl(&[
+        "-n",
+        &landfall.namespace.0,
+        "rollout",
+        "history",
+        "deployment/hello",
+    ]);
+    let of_one = format!("Landfall #{}", one["id"]);
+    let line = rollouts.lines().find(|line| line.contains(&of_one));
+    let revision = line.unwrap_or_else(|| panic!("{rollouts}"));
+    let revision = revision.split_whitespace().next().unwrap();
+    assert_ne!(revision, "1", "{rollouts}");
+    let (code, said) = landfall.run_command(&["undo", "hello", "--to-revision", revision]);
+    assert_eq!(code, Some(0), "{said}");
+    assert_eq!(landfall.served("/index.html").trim(), "Hello one");
+    let (code, said) = landfall.run_command(&["undo", "hello", "--to-revision", "99"]);
+    assert_eq!(code, Some(2), "{said}");
+    assert!(said.contains("known as revision 99"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -660,6 +680,109 @@ async fn a_way_back_that_is_barred_is_said_loudly_once_and_gone_by_hand() {
     let (code, said) = landfall.run_command(&words);
     assert_eq!(code, Some(0), "{said}");
     assert_eq!(landfall.served("/version"), serving);
+}
+
+/// A second workload, which needs a ConfigMap that somebody else looks after.
+fn worker(version: &str) -> String {
+    format!(
+        r"apiVersion: apps/v1
+kind: Deployment
+metadata:
+  name: worker
+spec:
+  selector:
+    matchLabels:
+      app: worker
+  template:
+    metadata:
+      labels:
+        app: worker
+    spec:
+      terminationGracePeriodSeconds: 1
+      containers:
+        - name: worker
+          image: {}
+          command: [sh, -c, 'exec sleep 3600']
+          env:
+            - name: VERSION
+              value: {version}
+          envFrom:
+            - configMapRef:
+                name: elsewhere
+          resources:
+            requests:
+              cpu: 50m
+",
+        busybox()
+    )
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_failed_before_a_release_is_not_held_against_it_while_it_stays_the_same() {
+    let mut landfall = Landfall::start("unwell").await;
+    let namespace = landfall.namespace.0.clone();
+    kubectl_apply(&namespace, &settings("elsewhere", "hello"));
+    let pipeline = std::fs::read_to_string(landfall.path("work/pipeline.yaml")).unwrap();
+    let pipeline = pipeline.replace("soak_seconds: 0", "soak_seconds: 2");
+    let files = [
+        ("kubernetes/worker.yaml", &*worker("one")),
+        ("pipeline.yaml", &pipeline),
+    ];
+    live(&mut landfall, &files).await;
+
+    kubectl(&["-n", &namespace, "delete", "configmap/elsewhere"]);
+    kubectl(&["-n", &namespace, "delete", "pod", "-l", "app=worker"]);
+    let why = "jsonpath={.items[0].status.containerStatuses[0].state.waiting.reason}";
+    let worker_pods = [
+        "-n",
+        &namespace,
+        "get",
+        "pods",
+        "-l",
+        "app=worker",
+        "-o",
+        why,
+    ];
+    eventually("the worker fails", Duration::from_secs(30), async || {
+        (kubectl(&worker_pods) == "CreateContainerConfigError").then_some(())
+    })
+    .await;
+
+    let build = live(&mut landfall, &[("www/index.html", "Hello again")]).await;
+    let log = landfall.log(build["id"].as_i64().unwrap()).await;
+    assert!(
+        log.contains("deployment/worker is not well already, before this release: "),
+        "{log}"
+    );
+    assert!(
+        log.contains("deployment/worker was not well before either, and is left as it is: "),
+        "{log}"
+    );
+
+    // A bad one is put back all the same, and the way back is as good as what was there.
+    let id = landfall.push(&[DIES]).await;
+    let build = landfall.end(id).await;
+    assert_eq!(
+        ended(&build),
+        ("failed", "rolled_back"),
+        "{build:#}\n{}",
+        landfall.log(id).await
+    );
+    assert_eq!(build["cause"]["object"], "deployment/hello");
+
+    // What the release itself changes is its own.
+    let good = ("start.sh", "exec httpd -f -p 5000 -h /www");
+    let id = landfall
+        .push(&[good, ("kubernetes/worker.yaml", &worker("two"))])
+        .await;
+    let build = landfall.end(id).await;
+    assert_eq!(
+        ended(&build),
+        ("failed", "rolled_back"),
+        "{build:#}\n{}",
+        landfall.log(id).await
+    );
+    assert_eq!(build["cause"]["object"], "deployment/worker");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

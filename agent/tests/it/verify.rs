@@ -5,7 +5,10 @@ use std::time::{Duration, Instant};
 
 use landfall::builds::Stage;
 use landfall::release::Change;
-use landfall::stages::{StageError, verify, verify::Show};
+use landfall::stages::{
+    StageError, verify,
+    verify::{Known, Show},
+};
 use serde_json::json;
 
 use crate::stand::{
@@ -71,7 +74,7 @@ async fn what_the_apply_left_as_it_was_is_verified_all_the_same() {
         &stand.scope(&log),
         &stand.release,
         &applied,
-        None,
+        &Known::default(),
         Show::All,
     )
     .await
@@ -271,7 +274,7 @@ async fn a_cluster_out_of_sight_is_never_a_failure_of_the_release() {
         &stand.scope(&log),
         &stand.release,
         &applied,
-        None,
+        &Known::default(),
         Show::All,
     )
     .await
@@ -320,7 +323,7 @@ async fn a_login_that_ends_midway_is_not_the_releases_fault() {
         &stand.scope(&log),
         &stand.release,
         &applied,
-        None,
+        &Known::default(),
         Show::All,
     )
     .await;
