@@ -3,7 +3,7 @@
 //!
 //! Pure: no IO, no async. Rendering is done by `render.rs`, applying by `cluster/apply.rs`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -44,16 +44,18 @@ pub struct Release {
     pub set_hash: String,
 }
 
-/// A workload that failed before a release changed anything: as long as it is the same and fails in the same way, that is not
-/// the release's doing.
+/// A workload that failed before a release changed anything: as long as it is the same and fails in no other way and no further,
+/// that is not the release's doing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Unwell {
     /// `deployment/worker`.
     pub object: String,
-    /// The hash of its template and of the ConfigMaps and Secrets that it names.
+    /// The hash of its template and of the ConfigMaps and Secrets of the set that it names.
     pub template: String,
-    /// `Cause::id` of what is wrong with it.
-    pub cause: String,
+    /// `Cause::id` of all that is wrong with it.
+    pub causes: BTreeSet<String>,
+    /// Its pods that are ready all the same.
+    pub ready: usize,
 }
 
 /// One object as it was applied.

@@ -3,7 +3,7 @@
 //! Pure: a snapshot and what was seen before it in, a verdict out. The rules are kubectl's counts, and what kubectl does
 //! not look at: whose template it is, and what died since the apply. A slow start is never a failure before its time.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -13,7 +13,8 @@ use super::diagnose;
 use super::probes::recent_probe_failure;
 use super::sign::{Patience, Sign};
 use super::snapshot::{
-    Running, Snapshot, Target, Workload, created, has_ended, is_ready, is_terminating, name, uid,
+    Running, Snapshot, Target, Workload, created, has_ended, is_ready, is_terminating, name,
+    template_release, uid,
 };
 use super::words;
 use crate::builds::Cause;
@@ -118,12 +119,71 @@ pub fn is_only_young(target: &Target, snapshot: &Snapshot, history: &History) ->
         && history.is_calm(target, snapshot, |_| CALM_MIN).is_ok()
 }
 
-/// What is wrong with a workload that stands, whoever brought it: all of its deaths count. None where it has all its pods, and
-/// where nothing speaks against it but that it has not.
-pub fn unwell(target: &Target, snapshot: &Snapshot) -> Option<Cause> {
+/// What is wrong with a workload that stands as it was applied, whoever brought it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trouble {
+    /// `Cause::id` of all of it.
+    pub causes: BTreeSet<String>,
+    /// The most telling.
+    pub sentence: String,
+    /// Pods that are ready all the same.
+    pub ready: usize,
+}
+
+/// What keeps pods of a workload from being ready that have not been so for `least`; with no such time also what keeps it from
+/// having pods. None where it has all it wants, where older pods still serve, and where another has changed its template.
+pub fn trouble(target: &Target, snapshot: &Snapshot, least: Duration) -> Option<Trouble> {
     counted(target, snapshot).err()?;
-    let signs = diagnose::signs(target, snapshot, false, &|container| container.deaths());
-    signs.into_iter().next().map(|sign| sign.cause)
+    let template = snapshot.workload.template().and_then(template_release);
+    let (older, _) = snapshot.old_pods();
+    if !is_taken_up(target, snapshot)
+        || template != target.release.as_deref()
+        || older.into_iter().any(is_ready)
+    {
+        return None;
+    }
+    // What has begun again after a death may fail for another reason now.
+    let deaths = |container: &Running<'_>| match container.is_running() {
+        true => 0,
+        false => container.deaths(),
+    };
+    let signs = diagnose::signs(target, snapshot, false, &deaths);
+    if signs
+        .iter()
+        .any(|sign| sign.cause.id == "changed_by_another")
+    {
+        return None;
+    }
+    let pods = snapshot.new_pods();
+    let counts = |sign: &&Sign| match pods.iter().find(|pod| sign.of.starts_with(uid(pod))) {
+        Some(pod) => unready_for(pod, snapshot.now).is_some_and(|time| time >= least),
+        // After ten minutes it stands beside any other.
+        None => least.is_zero() && sign.cause.id != "progress_deadline",
+    };
+    let signs: Vec<&Sign> = signs.iter().filter(counts).collect();
+    Some(Trouble {
+        sentence: signs.first()?.cause.sentence.clone(),
+        causes: signs.iter().map(|sign| sign.cause.id.clone()).collect(),
+        ready: pods.iter().filter(|pod| is_ready(pod)).count(),
+    })
+}
+
+/// None where it is ready.
+fn unready_for(pod: &Pod, now: Timestamp) -> Option<Duration> {
+    let conditions = pod
+        .status
+        .as_ref()
+        .and_then(|status| status.conditions.as_deref());
+    let ready = conditions
+        .unwrap_or_default()
+        .iter()
+        .find(|it| it.type_ == "Ready");
+    let at = match ready {
+        Some(ready) if ready.status == "True" => return None,
+        Some(ready) => ready.last_transition_time.as_ref().map(|time| time.0),
+        None => None,
+    };
+    Some(since(at.or_else(|| created(&pod.metadata))?, now))
 }
 
 /// The cause of a pod's sign, with how many of the new pods show the same: `… (2 of 3 new pods)`.
@@ -415,8 +475,8 @@ fn fingerprint(snapshot: &Snapshot) -> String {
     format!("{} {pods:?}", snapshot.workload.generation())
 }
 
-/// kubectl's rules, against the live number of replicas; `Err` says how far it is.
-fn counted(target: &Target, snapshot: &Snapshot) -> Result<(), String> {
+/// Whether its controller has seen our apply.
+fn is_taken_up(target: &Target, snapshot: &Snapshot) -> bool {
     let observed = match &snapshot.workload {
         Workload::Deployment(it) => it
             .status
@@ -432,7 +492,12 @@ fn counted(target: &Target, snapshot: &Snapshot) -> Result<(), String> {
             .and_then(|status| status.observed_generation),
         Workload::Job(_) => Some(i64::MAX),
     };
-    if observed.unwrap_or_default() < snapshot.workload.generation().max(target.generation) {
+    observed.unwrap_or_default() >= snapshot.workload.generation().max(target.generation)
+}
+
+/// kubectl's rules, against the live number of replicas; `Err` says how far it is.
+fn counted(target: &Target, snapshot: &Snapshot) -> Result<(), String> {
+    if !is_taken_up(target, snapshot) {
         return Err("the cluster has not taken up the change yet".to_owned());
     }
     match &snapshot.workload {
@@ -451,7 +516,7 @@ fn deployment_counted(target: &Target, snapshot: &Snapshot) -> Result<(), String
         return Err("the cluster has not taken up the change yet".to_owned());
     };
     let wanted = spec.replicas.unwrap_or(1);
-    let live_release = super::snapshot::template_release(&spec.template);
+    let live_release = template_release(&spec.template);
     if target.release.is_some() && live_release != target.release.as_deref() {
         return Err("its pod template is not the one of this release".to_owned());
     }

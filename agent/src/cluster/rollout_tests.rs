@@ -206,23 +206,44 @@ fn three_minutes_later_each_has_its_own_cause() {
 
 /// No watch has seen it die: what stands is asked about before anything is changed.
 #[test]
-fn what_is_wrong_with_what_stands_is_known_at_one_look() {
+fn what_keeps_a_workload_from_being_well_is_known_at_one_look() {
+    let minute = Duration::from_secs(60);
     for (name, id) in [
         ("configkey", "config_key_missing"),
         ("unschedulable", "unschedulable"),
         ("readiness", "probe_refused"),
         ("exit1", "crash_loop"),
-        ("oom", "oom_killed"),
         ("notfound-tag", "image_not_found"),
     ] {
-        let snapshot = snapshot(&documents(name), 180);
+        let at = |seconds| snapshot(&documents(name), seconds);
         let target = Target {
             changed: false,
-            ..target(&snapshot)
+            ..target(&at(180))
         };
-        assert_eq!(unwell(&target, &snapshot).unwrap().id, id, "{name}");
+        let trouble_now = trouble(&target, &at(180), minute).unwrap();
+        assert_eq!(Vec::from_iter(trouble_now.causes), [id], "{name}");
+        assert_eq!(trouble_now.ready, 0, "{name}");
+        // A pod that is only starting is not unwell.
+        assert_eq!(trouble(&target, &at(20), minute), None, "{name}");
+        // Another's template is another's trouble.
+        let other = Target {
+            release: Some("another".to_owned()),
+            ..target
+        };
+        assert_eq!(trouble(&other, &at(180), minute), None, "{name}");
     }
-    assert_eq!(unwell(&healthy_target(), &snapshot(&healthy(), 30)), None);
+    assert_eq!(
+        trouble(&healthy_target(), &snapshot(&healthy(), 300), minute),
+        None
+    );
+    // Nor are the deaths of last week a trouble of today, where a pod is missing.
+    let mut documents = healthy();
+    died(&mut documents, 7, 1);
+    documents[0]["status"]["availableReplicas"] = json!(0);
+    assert_eq!(
+        trouble(&healthy_target(), &snapshot(&documents, 300), minute),
+        None
+    );
 }
 
 /// Recorded by tests/it/verdicts.rs (RECORD_FIXTURES=1), as the cluster stood when it had its verdict.

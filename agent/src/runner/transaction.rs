@@ -99,9 +99,10 @@ impl Line<'_> {
     ) -> StageResult<RolledOut> {
         let log = self.log.stage(Stage::Verify);
         let scope = self.unstopped(&log);
-        let known = self
-            .known(unchanged(&release.unwell, release, applied))
-            .await?;
+        // By the store: an object that an attempt before this one changed is unchanged to the next.
+        let touched = self.agent.store.touched(self.build.id).await?;
+        let unwell = unchanged(&release.unwell, &touched);
+        let known = self.known(release, unwell).await?;
         let work = verify::run(&scope, release, applied, &known, Show::All);
         self.journaled(Stage::Verify, &scope, work).await
     }
@@ -183,6 +184,7 @@ impl Line<'_> {
         let created = store.created(environment).await?;
         let ground = Ground {
             serving: self.serving().await?,
+            is_at_rest: store.is_at_rest(environment).await?,
             created: created.into_iter().map(|(_, object)| object).collect(),
         };
         let Plan { release, found } = plan::run(scope, checked_out, built, &ground).await?;
@@ -541,13 +543,17 @@ impl Line<'_> {
         };
         let applied = self.holding(scope, Some(goal), put_back).await?;
         // What was not well before the failed release is as good as it was, where it is no worse.
-        let known = self.known(failed.unwell.clone()).await?;
+        let known = self.known(goal, failed.unwell.clone()).await?;
         let rolled_out = verify::run(scope, goal, &applied, &known, Show::All).await?;
         // It has proved itself before, so that it is not soaked again.
         smoke_test::run(scope, goal, &rolled_out, &mut Vec::new()).await?;
+        let but = match rolled_out.left.as_slice() {
+            [] => String::new(),
+            left => format!("; not well, as before: {}", left.join(", ")),
+        };
         scope
             .log
-            .line(format!("Release {} is back and verified", goal.id));
+            .line(format!("Release {} is back and verified{but}", goal.id));
         Ok(PutBack {
             release_id: Some(goal.id),
         })
@@ -722,27 +728,26 @@ impl Line<'_> {
         }
     }
 
-    async fn known(&self, unwell: Vec<Unwell>) -> anyhow::Result<Known> {
+    async fn known(&self, release: &Release, unwell: Vec<Unwell>) -> anyhow::Result<Known> {
         let store = &self.agent.store;
         let millis = store.usual_rollout(&self.build.environment).await?;
         let usual = millis.and_then(|millis| u64::try_from(millis).ok());
-        // What was seen when a release was planned says nothing of the day on which it is brought back.
-        let is_of_today = !self.build.kind.brings_back();
+        // What was seen when a release was planned says nothing of the day on which it is brought back. And where no workload is
+        // well, nothing would prove it.
+        let counts =
+            !self.build.kind.brings_back() && unwell.len() < Target::serving(release).len();
         Ok(Known {
             usual: usual.map(Duration::from_millis),
-            unwell: if is_of_today { unwell } else { Vec::new() },
+            unwell: if counts { unwell } else { Vec::new() },
         })
     }
 }
 
-/// Those of which the apply changed nothing; none where no workload is well, so that there is nothing that would prove a release.
-fn unchanged(unwell: &[Unwell], release: &Release, applied: &Applied) -> Vec<Unwell> {
-    if unwell.len() == Target::serving(release).len() {
-        return Vec::new();
-    }
+/// Those of which the build changed nothing.
+fn unchanged(unwell: &[Unwell], touched: &[AppliedObject]) -> Vec<Unwell> {
     let is_unchanged = |unwell: &&Unwell| {
-        let mut objects = applied.objects.iter();
-        objects.any(|object| {
+        let mut touched = touched.iter();
+        touched.any(|object| {
             object.change == Change::Unchanged && object.display_name() == unwell.object
         })
     };

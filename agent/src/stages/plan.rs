@@ -26,11 +26,16 @@ use crate::release::{AppliedObject, Change, Planned, Release, Unwell};
 /// Of a dry run of 500 objects on a slow server.
 const LIMIT: Duration = Duration::from_secs(600);
 
+/// A pod that has not been ready for so long is not about to be.
+const UNWELL_MIN: Duration = Duration::from_secs(60);
+
 /// What the store knows of an environment.
 #[derive(Debug, Default)]
 pub struct Ground {
     /// The release that serves.
     pub serving: Option<Release>,
+    /// The last build that changed anything ended with a release that was proved: what fails now is no other build's doing.
+    pub is_at_rest: bool,
     /// What releases of this environment created, and nobody has removed.
     pub created: Vec<AppliedObject>,
 }
@@ -93,7 +98,10 @@ pub async fn run(
     let live = review(scope, &cluster, &mut release, &rendered.places, created).await?;
     let found = match &ground.serving {
         Some(serving) => {
-            release.unwell = unwell(scope, &cluster, serving, &live).await?;
+            if ground.is_at_rest {
+                let look = unwell(scope, &cluster, serving, &live);
+                release.unwell = limited(scope, "the plan", LIMIT, look).await?;
+            }
             None
         }
         None => found(&release, live),
@@ -147,18 +155,21 @@ async fn unwell(
         }
         let look = || async { Observer::new(cluster).snapshot(&target).await };
         let snapshot = seen(scope, look).await?;
-        let Some(cause) = snapshot.and_then(|snapshot| rollout::unwell(&target, &snapshot)) else {
+        let trouble =
+            snapshot.and_then(|snapshot| rollout::trouble(&target, &snapshot, UNWELL_MIN));
+        let Some(trouble) = trouble else {
             continue;
         };
         scope.log.line(format!(
-            "{} is not well already, before this release: {}",
+            "{} was not well before this release: {}",
             target.display_name(),
-            cause.sentence
+            trouble.sentence
         ));
         unwell.push(Unwell {
             object: target.display_name(),
             template: template.to_owned(),
-            cause: cause.id,
+            causes: trouble.causes,
+            ready: trouble.ready,
         });
     }
     Ok(unwell)

@@ -21,8 +21,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// A probe that fails once in between is no lost readiness.
 const UNREADY_FOR: Duration = Duration::from_secs(2);
 
-/// Watches the workloads of a release, but those that verify `left`, for as long as its `soak_seconds` say. `cut` answers why it is to end before: what it
-/// saw until then counts, and the release stays live.
+/// Watches the workloads of a release, but those that verify `left`, for as long as its `soak_seconds` say. `cut` answers why it
+/// is to end before: what it saw until then counts, and the release stays live.
 pub async fn run(
     scope: &Scope<'_>,
     release: &Release,

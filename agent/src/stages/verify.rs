@@ -12,7 +12,7 @@ use super::{Applied, RolledOut, Scope, StageError, StageResult};
 use crate::builds::Cause;
 use crate::cluster::Cluster;
 use crate::cluster::observe::{self, BLIND_RETRY, Changes, Observer, Sight, Unseen};
-use crate::cluster::rollout::{self, History, Verdict};
+use crate::cluster::rollout::{self, History, Trouble, Verdict};
 use crate::cluster::snapshot::{Kind, Snapshot, Target};
 use crate::cluster::tables;
 use crate::release::{Change, Release, Unwell};
@@ -36,7 +36,7 @@ pub enum Show {
 pub struct Known {
     /// How long the rollouts of its last good releases took.
     pub usual: Option<Duration>,
-    /// What failed already: it is left as it is, where it is still the same and fails in the same way.
+    /// What failed already: it is left as it is, where it is still the same, fails in no other way and no further.
     pub unwell: Vec<Unwell>,
 }
 
@@ -65,7 +65,7 @@ pub async fn run(
             .iter()
             .map(|target| History::new(known.usual.filter(|_| !is_new(target, applied))))
             .collect(),
-        unwell: &known.unwell,
+        unwell: known.unwell.clone(),
         left: vec![None; targets.len()],
         complete: vec![false; targets.len()],
         told: vec![String::new(); targets.len()],
@@ -125,23 +125,29 @@ fn is_new(target: &Target, applied: &Applied) -> bool {
     objects.any(|object| object.display_name() == name && object.change == Change::Created)
 }
 
-/// What is wrong with a workload that failed before the apply in the same way, and has the same template.
+/// What is wrong with a workload that failed before the apply, has the same template, and fails in no other way and no further.
 fn as_before(
     unwell: &[Unwell],
     target: &Target,
     verdict: &Verdict,
-    is_wrong: impl FnOnce() -> Option<Cause>,
+    now: impl FnOnce() -> Option<Trouble>,
 ) -> Option<String> {
     let name = target.display_name();
     let before = unwell.iter().find(|before| {
         before.object == name && target.release.as_ref() == Some(&before.template)
     })?;
-    let now = match verdict {
-        Verdict::Complete => None,
-        Verdict::Failed(cause) => Some(cause.clone()),
-        Verdict::NotYet { .. } => is_wrong(),
-    }?;
-    (now.id == before.cause).then_some(now.sentence)
+    match verdict {
+        Verdict::Complete => return None,
+        Verdict::Failed(cause)
+            if !before.causes.contains(&cause.id) && cause.id != "progress_deadline" =>
+        {
+            return None;
+        }
+        Verdict::Failed(_) | Verdict::NotYet { .. } => {}
+    }
+    let now = now()?;
+    let is_no_worse = now.causes.is_subset(&before.causes) && now.ready >= before.ready;
+    is_no_worse.then_some(now.sentence)
 }
 
 /// Jobs have been waited for before; one that its own `ttlSecondsAfterFinished` took away is nothing to watch any more.
@@ -161,7 +167,8 @@ struct Rollout<'a> {
     targets: &'a [Target],
     observer: Observer<'a>,
     histories: Vec<History>,
-    unwell: &'a [Unwell],
+    /// Less what came to be well: if it fails again, that is another matter.
+    unwell: Vec<Unwell>,
     /// What is wrong with each that failed before the apply already, and still does.
     left: Vec<Option<String>>,
     /// Which were complete when they were judged last.
@@ -268,11 +275,14 @@ impl Rollout<'_> {
             .zip(self.complete.iter_mut().zip(&mut self.left));
         for (((target, snapshot), (history, told)), (is_complete, left)) in parts {
             let verdict = rollout::judge(target, snapshot, autoscale, history);
-            *left = as_before(self.unwell, target, &verdict, || {
-                rollout::unwell(target, snapshot)
+            let name = target.display_name();
+            if verdict == Verdict::Complete {
+                self.unwell.retain(|before| before.object != name);
+            }
+            *left = as_before(&self.unwell, target, &verdict, || {
+                rollout::trouble(target, snapshot, Duration::ZERO)
             });
             *is_complete = left.is_some() || verdict == Verdict::Complete;
-            let name = target.display_name();
             let line = match (verdict, &left) {
                 (_, Some(why)) => format!("{name}: not well, as before: {why}"),
                 (Verdict::Complete, None) => format!("{name}: complete"),
@@ -409,42 +419,60 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_is_the_same_and_fails_in_the_same_way_is_left_as_it_was() {
+    fn only_what_is_the_same_and_fails_in_no_other_way_is_left_as_it_was() {
         let target = Target {
             release: Some("aaaa".to_owned()),
             ..Target::named(Kind::Deployment, "worker")
         };
-        let failed = |id: &str| Verdict::Failed(Cause::new(id, "it fails"));
-        let left = |object: &str, template: &str, verdict: &Verdict| {
-            let before = Unwell {
-                object: object.to_owned(),
-                template: template.to_owned(),
-                cause: "crash_loop".to_owned(),
-            };
-            as_before(&[before], &target, verdict, || {
-                Some(Cause::new("crash_loop", "it still fails"))
-            })
+        let causes = |ids: &[&str]| ids.iter().map(|&id| id.to_owned()).collect();
+        let trouble = |ids: &[&str], ready| Trouble {
+            causes: causes(ids),
+            sentence: "it fails".to_owned(),
+            ready,
         };
-        let same = failed("crash_loop");
-        assert_eq!(
-            left("deployment/worker", "aaaa", &same).unwrap(),
-            "it fails"
-        );
-        assert_eq!(
-            left("deployment/worker", "aaaa", &failed("oom_killed")),
-            None
-        );
-        assert_eq!(left("deployment/worker", "bbbb", &same), None);
-        assert_eq!(left("deployment/web", "aaaa", &same), None);
-        assert_eq!(left("deployment/worker", "aaaa", &Verdict::Complete), None);
+        let before = Unwell {
+            object: "deployment/worker".to_owned(),
+            template: "aaaa".to_owned(),
+            causes: causes(&["crash_loop"]),
+            ready: 1,
+        };
+        let failed = |id: &str| Verdict::Failed(Cause::new(id, "it fails"));
         let waiting = Verdict::NotYet {
             progress: String::new(),
         };
-        assert_eq!(
-            left("deployment/worker", "aaaa", &waiting).unwrap(),
-            "it still fails"
-        );
-        assert_eq!(as_before(&[], &target, &same, || None), None);
+        let same = trouble(&["crash_loop"], 1);
+        for (verdict, now, is_left) in [
+            (failed("crash_loop"), Some(same.clone()), true),
+            (waiting.clone(), Some(same.clone()), true),
+            (waiting.clone(), Some(trouble(&["crash_loop"], 2)), true),
+            (failed("progress_deadline"), Some(same.clone()), true),
+            (Verdict::Complete, Some(same.clone()), false),
+            (failed("oom_killed"), Some(same.clone()), false),
+            (waiting.clone(), None, false),
+            (waiting.clone(), Some(trouble(&["crash_loop"], 0)), false),
+            (
+                waiting.clone(),
+                Some(trouble(&["crash_loop", "probe_refused"], 1)),
+                false,
+            ),
+            (
+                failed("progress_deadline"),
+                Some(trouble(&["oom_killed"], 1)),
+                false,
+            ),
+        ] {
+            let left = as_before(std::slice::from_ref(&before), &target, &verdict, || {
+                now.clone()
+            });
+            assert_eq!(left.is_some(), is_left, "{verdict:?} {now:?}");
+        }
+        let another = Target {
+            release: Some("bbbb".to_owned()),
+            ..target.clone()
+        };
+        let left = as_before(&[before], &another, &waiting, || Some(same.clone()));
+        assert_eq!(left, None);
+        assert_eq!(as_before(&[], &target, &waiting, || Some(same)), None);
     }
 
     /// A build runs as a task; a closure that borrows for any lifetime would forbid it, and say so far from here.

@@ -188,6 +188,16 @@ impl Store {
         }))
     }
 
+    /// Whether the last build that changed anything in an environment ended with a release that was proved.
+    pub async fn is_at_rest(&self, environment: &str) -> anyhow::Result<bool> {
+        let outcome: Option<String> = on!(&self.main, pool => sqlx::query_scalar(
+                "SELECT outcome FROM builds WHERE environment = $1 AND release_id IS NOT NULL AND finished_at IS NOT NULL AND outcome <> 'unchanged' \
+                 ORDER BY id DESC LIMIT 1")
+            .bind(environment).fetch_optional(pool).await?);
+        let proved = |outcome: String| matches!(outcome.as_str(), "live" | "rolled_back");
+        Ok(outcome.is_some_and(proved))
+    }
+
     /// What releases of an environment created and nobody has removed by our word, newest first, and of which release.
     pub async fn created(&self, environment: &str) -> anyhow::Result<Vec<(i64, AppliedObject)>> {
         let rows: Vec<ObjectRow> = on!(&self.main, pool => sqlx::query_as(

@@ -99,7 +99,7 @@ async fn in_time<T>(
 const DIES: &str = "echo fatal: broken >&2; exit 1";
 const SAYS_ANOTHER_COMMIT: &str = "echo '{}' > /www/version; exec httpd -f -p 5000 -h /www";
 
-/// From the verdict until what served before is back, verified and smoke-tested.
+/// From the verdict until what served before is back, verified and smoke-tested; with the time in which the evidence is kept.
 fn seconds_back(build: &Value) -> f64 {
     let stages = build["stages"].as_array().unwrap();
     let rollback = stages
@@ -172,9 +172,13 @@ async fn no_request_is_lost_over_good_and_bad_releases() {
             "{build:#}\n{}",
             landfall.log(id).await
         );
-        let (bad, back) = match round % 2 {
-            0 => (DIES, &mut back_beside_old),
-            _ => (SAYS_ANOTHER_COMMIT, &mut back_from_complete),
+        let (bad, cause, back) = match round % 2 {
+            0 => (DIES, "crash_loop", &mut back_beside_old),
+            _ => (
+                SAYS_ANOTHER_COMMIT,
+                "smoke_wrong_version",
+                &mut back_from_complete,
+            ),
         };
         let id = landfall.push(&[("start.sh", bad)]).await;
         let build = landfall.end(id).await;
@@ -184,6 +188,7 @@ async fn no_request_is_lost_over_good_and_bad_releases() {
             "{build:#}\n{}",
             landfall.log(id).await
         );
+        assert_eq!(build["cause"]["id"], cause, "{build:#}");
         back.push(seconds_back(&build));
     }
     let (asked, failed) = load.stop().await;
