@@ -682,6 +682,43 @@ async fn a_way_back_that_is_barred_is_said_loudly_once_and_gone_by_hand() {
     assert_eq!(landfall.served("/version"), serving);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_not_to_be_rolled_back_is_left_with_the_commands_that_do_it() {
+    let mut landfall = Landfall::start("never").await;
+    let good = live(&mut landfall, &[]).await;
+    let namespace = landfall.namespace.0.clone();
+    let served = landfall.served("/version");
+    let pipeline = std::fs::read_to_string(landfall.path("work/pipeline.yaml")).unwrap();
+    let pipeline = format!("{pipeline}rollback: never\n");
+    let id = landfall.push(&[DIES, ("pipeline.yaml", &pipeline)]).await;
+    let build = landfall.end(id).await;
+    assert_eq!(
+        ended(&build),
+        ("failed", "left_failed"),
+        "{build:#}\n{}",
+        landfall.log(id).await
+    );
+    let hint = build["cause"]["hint"].as_str().unwrap();
+    let by_hand = format!("kubectl -n {namespace} rollout undo deployment/hello");
+    let whole = format!("landfall undo hello --to {}", good["release_id"]);
+    assert!(hint.contains(&by_hand) && hint.contains(&whole), "{hint}");
+
+    kubectl(&["-n", &namespace, "rollout", "undo", "deployment/hello"]);
+    kubectl(&[
+        "-n",
+        &namespace,
+        "rollout",
+        "status",
+        "deployment/hello",
+        "--timeout=60s",
+    ]);
+    assert_eq!(landfall.served("/version"), served);
+    let whole: Vec<&str> = whole.split(' ').skip(1).collect();
+    let (code, said) = landfall.run_command(&whole);
+    assert_eq!(code, Some(0), "{said}");
+    assert_eq!(landfall.served("/version"), served);
+}
+
 /// A second workload, which needs a ConfigMap that somebody else looks after.
 fn worker(version: &str) -> String {
     format!(
