@@ -22,6 +22,8 @@ const ACQUIRE_MAX: Duration = Duration::from_secs(5);
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Of 4 KiB. SQLite's own 1,000 are reached many times a second where deliveries come in thousands, each time with two syncs.
 const CHECKPOINT_PAGES: &str = "4000";
+/// The intake's are done beside it (`intake::checkpoints`); what they leave over is little, and its own to do.
+const CHECKPOINT_PAGES_OF_INTAKE: &str = "16000";
 /// Of a connection, in pragma's words: 512 KiB. There are eight, and the system keeps the files' pages anyway.
 const CACHE: &str = "-512";
 /// What is asked for each delivery is spread over whole indexes.
@@ -160,7 +162,9 @@ pub async fn open(data_dir: &Path, database: Option<&str>) -> anyhow::Result<Ope
             let full = SqliteSynchronous::Full;
             Ok(Opened {
                 main: migrated(&main, full, main_migrations()).await?,
-                intake: Db::Sqlite(sqlite(&main, full, 1, CACHE_OF_INTAKE).await?),
+                intake: Db::Sqlite(
+                    sqlite(&main, full, 1, CACHE_OF_INTAKE, CHECKPOINT_PAGES_OF_INTAKE).await?,
+                ),
                 logs: migrated(&logs, SqliteSynchronous::Normal, logs_migrations()).await?,
             })
         }
@@ -177,6 +181,7 @@ async fn sqlite(
     synchronous: SqliteSynchronous,
     connections: u32,
     cache: &'static str,
+    checkpoint_pages: &'static str,
 ) -> anyhow::Result<SqlitePool> {
     let options = SqliteConnectOptions::new()
         .filename(path)
@@ -184,7 +189,7 @@ async fn sqlite(
         .journal_mode(SqliteJournalMode::Wal)
         .synchronous(synchronous)
         .busy_timeout(BUSY_TIMEOUT)
-        .pragma("wal_autocheckpoint", CHECKPOINT_PAGES)
+        .pragma("wal_autocheckpoint", checkpoint_pages)
         .pragma("cache_size", cache);
     SqlitePoolOptions::new()
         .max_connections(connections)
@@ -208,7 +213,7 @@ async fn migrated(
     synchronous: SqliteSynchronous,
     mut migrator: Migrator,
 ) -> anyhow::Result<Db> {
-    let pool = sqlite(path, synchronous, CONNECTIONS, CACHE).await?;
+    let pool = sqlite(path, synchronous, CONNECTIONS, CACHE, CHECKPOINT_PAGES).await?;
     let version: String = sqlx::query_scalar("SELECT sqlite_version()")
         .fetch_one(&pool)
         .await?;

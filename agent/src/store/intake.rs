@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use sqlx::Row;
-use tokio::sync::{SemaphorePermit, mpsc, oneshot};
+use tokio::sync::{SemaphorePermit, mpsc, oneshot, watch};
 
 use super::dialect::{Db, on};
 use super::notice::Notices;
@@ -27,6 +27,8 @@ const GROUP_MAX: usize = 256;
 const GAVE_WAY_MAX: i64 = 50;
 /// Among so many builds before.
 const LOOKED_BACK: i64 = 10_000;
+/// Deliveries between two checkpoints: some 20 kB each are written.
+const CHECKPOINT_EVERY: usize = 200;
 /// Of one statement, a power of two.
 const ROWS_MAX: usize = 64;
 
@@ -234,17 +236,40 @@ fn decide<'a>(group: &'a [Waiting], mut known: Known<'a>) -> Decided<'a> {
     decided
 }
 
-/// The way into the task that stores deliveries; it ends with the last sender.
-pub(super) fn start(db: Db, notices: Arc<Notices>) -> mpsc::Sender<Waiting> {
+/// The way into the task that stores deliveries; it ends with the last sender. `beside` is the same database by other
+/// connections.
+pub(super) fn start(db: Db, beside: Db, notices: Arc<Notices>) -> mpsc::Sender<Waiting> {
     let (sender, mut waiting) = mpsc::channel(WAITING_MAX);
+    let (due, is_due) = watch::channel(());
+    tokio::spawn(checkpoints(beside, is_due));
     tokio::spawn(async move {
         let mut group = Vec::new();
+        let mut since_checkpoint = 0;
         while waiting.recv_many(&mut group, GROUP_MAX).await > 0 {
+            since_checkpoint += group.len();
             store_and_answer(&db, std::mem::take(&mut group)).await;
             notices.tell();
+            if since_checkpoint >= CHECKPOINT_EVERY {
+                since_checkpoint = 0;
+                due.send_replace(());
+            }
         }
     });
     sender
+}
+
+/// Moves what is committed from SQLite's log into its file while the intake goes on: done by the intake itself, deliveries would
+/// wait for it. One that fails is nothing lost; the intake's own is next.
+async fn checkpoints(db: Db, mut is_due: watch::Receiver<()>) {
+    let Db::Sqlite(pool) = db else { return };
+    while is_due.changed().await.is_ok() {
+        let moved = sqlx::query("PRAGMA wal_checkpoint(PASSIVE)")
+            .execute(&pool)
+            .await;
+        if let Err(error) = moved {
+            tracing::debug!(error = %error, "cannot move the log into the store's file");
+        }
+    }
 }
 
 async fn store_and_answer(db: &Db, group: Vec<Waiting>) {

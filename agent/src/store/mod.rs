@@ -66,7 +66,7 @@ impl Store {
             notices.share(pool);
         }
         let store = Self {
-            intake: intake::start(intake, Arc::clone(&notices)),
+            intake: intake::start(intake, main.clone(), Arc::clone(&notices)),
             main,
             logs,
             seal,
