@@ -33,14 +33,20 @@ docker_answers() { timeout 10 docker version --format '{{.Server.Version}}' 2> /
 install() {
     is_root && have apt-get || fail "missing: $*" "install it ($*) and run this again"
     say "Installing $* ..."
-    local log=$cache/apt.log policy=/usr/sbin/policy-rc.d ours= failed=
+    local log=$cache/apt.log
     mkdir -p "$cache"
+    (apt_get "$@") > "$log" 2>&1 || fail_with_log "apt-get cannot install $*" "$log"
+}
+
+# In a shell of its own, whose end, also by Ctrl-C, takes Debian's way of forbidding starts away again.
+apt_get() {
+    policy=/usr/sbin/policy-rc.d
     if [ "$*" != docker.io ] && [ ! -e "$policy" ]; then
-        printf '#!/bin/sh\nexit 101\n' > "$policy" && chmod +x "$policy" && ours=1
+        trap 'rm -f "$policy"' EXIT
+        trap 'exit 130' INT TERM
+        printf '#!/bin/sh\nexit 101\n' > "$policy" && chmod +x "$policy"
     fi
-    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@"; } > "$log" 2>&1 || failed=1
-    [ -z "$ours" ] || rm -f "$policy"
-    [ -z "$failed" ] || fail_with_log "apt-get cannot install $*" "$log"
+    apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@"
 }
 
 readonly rust_version_min=1.94 go_version_min=1.25

@@ -14,7 +14,7 @@ use super::probes::recent_probe_failure;
 use super::sign::{Patience, Sign};
 use super::snapshot::{
     Running, Snapshot, Target, Workload, created, has_ended, is_ready, is_terminating, name,
-    template_release, uid,
+    template_release, uid, whole_condition,
 };
 use super::words;
 use crate::builds::Cause;
@@ -170,19 +170,11 @@ pub fn trouble(target: &Target, snapshot: &Snapshot, least: Duration) -> Option<
 
 /// None where it is ready.
 fn unready_for(pod: &Pod, now: Timestamp) -> Option<Duration> {
-    let conditions = pod
-        .status
-        .as_ref()
-        .and_then(|status| status.conditions.as_deref());
-    let ready = conditions
-        .unwrap_or_default()
-        .iter()
-        .find(|it| it.type_ == "Ready");
-    let at = match ready {
-        Some(ready) if ready.status == "True" => return None,
-        Some(ready) => ready.last_transition_time.as_ref().map(|time| time.0),
-        None => None,
-    };
+    if is_ready(pod) {
+        return None;
+    }
+    let changed = whole_condition(pod, "Ready").and_then(|it| it.last_transition_time.as_ref());
+    let at = changed.map(|time| time.0);
     Some(since(at.or_else(|| created(&pod.metadata))?, now))
 }
 
@@ -397,14 +389,9 @@ impl History {
 fn usual_of(snapshot: &Snapshot) -> Option<Duration> {
     let (serving, _) = snapshot.old_pods();
     let took = serving.into_iter().filter_map(|pod| {
-        let status = pod.status.as_ref()?;
-        let ready = status
-            .conditions
-            .as_deref()?
-            .iter()
-            .find(|it| it.type_ == "Ready" && it.status == "True")?;
+        let ready = whole_condition(pod, "Ready").filter(|it| it.status == "True")?;
         Some(since(
-            status.start_time.as_ref()?.0,
+            pod.status.as_ref()?.start_time.as_ref()?.0,
             ready.last_transition_time.as_ref()?.0,
         ))
     });

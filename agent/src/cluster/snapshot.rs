@@ -8,7 +8,9 @@ use std::collections::{BTreeMap, HashSet};
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment, ReplicaSet, StatefulSet};
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{Container, ContainerStatus, Event, Pod, PodTemplateSpec};
+use k8s_openapi::api::core::v1::{
+    Container, ContainerStatus, Event, Pod, PodCondition, PodTemplateSpec,
+};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use crate::release::{AppliedObject, Change, Release};
@@ -463,20 +465,18 @@ pub fn is_ready(pod: &Pod) -> bool {
 
 /// Status, reason and message of one of the pod's conditions.
 pub fn pod_condition<'a>(pod: &'a Pod, type_: &str) -> Option<(&'a str, &'a str, &'a str)> {
-    let conditions = pod
-        .status
-        .as_ref()?
-        .conditions
-        .as_deref()
-        .unwrap_or_default();
-    let condition = conditions
-        .iter()
-        .find(|condition| condition.type_ == type_)?;
+    let condition = whole_condition(pod, type_)?;
     Some((
         &condition.status,
         condition.reason.as_deref().unwrap_or_default(),
         condition.message.as_deref().unwrap_or_default(),
     ))
+}
+
+/// As `pod_condition`, with its times.
+pub fn whole_condition<'a>(pod: &'a Pod, type_: &str) -> Option<&'a PodCondition> {
+    let conditions = pod.status.as_ref()?.conditions.as_deref()?;
+    conditions.iter().find(|condition| condition.type_ == type_)
 }
 
 /// One container of a pod: what it is to be, where the pod says so, and how it is.

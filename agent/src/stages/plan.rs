@@ -143,14 +143,12 @@ async fn unwell(
 ) -> StageResult<Vec<Unwell>> {
     let mut unwell = Vec::new();
     for target in Watched::serving(serving) {
-        let stands = live
-            .iter()
-            .find(|live| Kind::of(kind(live)) == Some(target.kind) && name(live) == target.name);
-        let template = stands.map_or("", template_hash);
-        if template.is_empty()
-            || target.release.as_deref() != Some(template)
-            || !stands.is_some_and(lacks_pods)
-        {
+        let is_it =
+            |live: &&Value| Kind::of(kind(live)) == Some(target.kind) && name(live) == target.name;
+        let Some(template) = &target.release else {
+            continue;
+        };
+        if !live.iter().find(is_it).is_some_and(lacks_pods) {
             continue;
         }
         let look = || async { Observer::new(cluster).snapshot(&target).await };
@@ -167,7 +165,7 @@ async fn unwell(
         ));
         unwell.push(Unwell {
             object: target.display_name(),
-            template: template.to_owned(),
+            template: template.clone(),
             causes: trouble.causes,
             ready: trouble.ready,
         });

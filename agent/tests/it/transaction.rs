@@ -40,14 +40,14 @@ fn ended(build: &Value) -> (&str, &str) {
 
 /// Pushes, and sees it go live.
 async fn live(landfall: &mut Landfall, files: &[(&str, &str)]) -> Value {
+    ends(landfall, files, ("passed", "live")).await
+}
+
+/// Pushes, and sees the build end with this status and outcome.
+async fn ends(landfall: &mut Landfall, files: &[(&str, &str)], how: (&str, &str)) -> Value {
     let id = landfall.push(files).await;
     let build = landfall.end(id).await;
-    assert_eq!(
-        ended(&build),
-        ("passed", "live"),
-        "{build:#}\n{}",
-        landfall.log(id).await
-    );
+    assert_eq!(ended(&build), how, "{build:#}\n{}", landfall.log(id).await);
     build
 }
 
@@ -197,14 +197,12 @@ async fn a_first_release_that_fails_is_left_or_removed_as_the_pipeline_says() {
         let mut landfall = Landfall::start("first").await;
         let pipeline = std::fs::read_to_string(landfall.path("work/pipeline.yaml")).unwrap();
         let pipeline = format!("{pipeline}first_release: {word}\n");
-        let id = landfall.push(&[DIES, ("pipeline.yaml", &pipeline)]).await;
-        let build = landfall.end(id).await;
-        assert_eq!(
-            ended(&build),
+        let build = ends(
+            &mut landfall,
+            &[DIES, ("pipeline.yaml", &pipeline)],
             ("failed", outcome),
-            "{build:#}\n{}",
-            landfall.log(id).await
-        );
+        )
+        .await;
         assert_eq!(
             field(&landfall, "deployment/hello", ".metadata.name"),
             stands
@@ -690,14 +688,12 @@ async fn what_is_not_to_be_rolled_back_is_left_with_the_commands_that_do_it() {
     let served = landfall.served("/version");
     let pipeline = std::fs::read_to_string(landfall.path("work/pipeline.yaml")).unwrap();
     let pipeline = format!("{pipeline}rollback: never\n");
-    let id = landfall.push(&[DIES, ("pipeline.yaml", &pipeline)]).await;
-    let build = landfall.end(id).await;
-    assert_eq!(
-        ended(&build),
+    let build = ends(
+        &mut landfall,
+        &[DIES, ("pipeline.yaml", &pipeline)],
         ("failed", "left_failed"),
-        "{build:#}\n{}",
-        landfall.log(id).await
-    );
+    )
+    .await;
     let hint = build["cause"]["hint"].as_str().unwrap();
     let by_hand = format!("kubectl -n {namespace} rollout undo deployment/hello");
     let whole = format!("landfall undo hello --to {}", good["release_id"]);
@@ -793,28 +789,17 @@ async fn what_failed_before_a_release_is_not_held_against_it_while_it_stays_the_
     );
 
     // A bad one is put back all the same, and the way back is as good as what was there.
-    let id = landfall.push(&[DIES]).await;
-    let build = landfall.end(id).await;
-    assert_eq!(
-        ended(&build),
-        ("failed", "rolled_back"),
-        "{build:#}\n{}",
-        landfall.log(id).await
-    );
+    let build = ends(&mut landfall, &[DIES], ("failed", "rolled_back")).await;
     assert_eq!(build["cause"]["object"], "deployment/hello");
 
     // What the release itself changes is its own.
     let good = ("start.sh", "exec httpd -f -p 5000 -h /www");
-    let id = landfall
-        .push(&[good, ("kubernetes/worker.yaml", &worker("two"))])
-        .await;
-    let build = landfall.end(id).await;
-    assert_eq!(
-        ended(&build),
+    let build = ends(
+        &mut landfall,
+        &[good, ("kubernetes/worker.yaml", &worker("two"))],
         ("failed", "rolled_back"),
-        "{build:#}\n{}",
-        landfall.log(id).await
-    );
+    )
+    .await;
     assert_eq!(build["cause"]["object"], "deployment/worker");
 }
 
