@@ -180,22 +180,23 @@ impl Store {
     /// Whether what stands in an environment is known to be what stood there before us: nothing was tried, or the last try
     /// was undone.
     pub async fn is_as_found(&self, environment: &str) -> anyhow::Result<bool> {
-        let outcome: Option<String> = on!(&self.main, pool => sqlx::query_scalar(
-                "SELECT outcome FROM builds WHERE environment = $1 AND release_id IS NOT NULL AND finished_at IS NOT NULL ORDER BY id DESC LIMIT 1")
-            .bind(environment).fetch_optional(pool).await?);
-        Ok(outcome.is_none_or(|outcome| {
-            matches!(outcome.as_str(), "rolled_back" | "removed" | "unchanged")
-        }))
+        let last = self.last_change(environment).await?;
+        Ok(last.is_none_or(|outcome| matches!(outcome.as_str(), "rolled_back" | "removed")))
     }
 
     /// Whether the last build that changed anything in an environment ended with a release that was proved.
     pub async fn is_at_rest(&self, environment: &str) -> anyhow::Result<bool> {
-        let outcome: Option<String> = on!(&self.main, pool => sqlx::query_scalar(
+        let last = self.last_change(environment).await?;
+        Ok(last.is_some_and(|outcome| matches!(outcome.as_str(), "live" | "rolled_back")))
+    }
+
+    /// How the last ended build ended that changed anything in an environment.
+    async fn last_change(&self, environment: &str) -> anyhow::Result<Option<String>> {
+        let outcome = on!(&self.main, pool => sqlx::query_scalar(
                 "SELECT outcome FROM builds WHERE environment = $1 AND release_id IS NOT NULL AND finished_at IS NOT NULL AND outcome <> 'unchanged' \
                  ORDER BY id DESC LIMIT 1")
             .bind(environment).fetch_optional(pool).await?);
-        let proved = |outcome: String| matches!(outcome.as_str(), "live" | "rolled_back");
-        Ok(outcome.is_some_and(proved))
+        Ok(outcome)
     }
 
     /// What releases of an environment created and nobody has removed by our word, newest first, and of which release.
@@ -407,3 +408,68 @@ macro_rules! insert {
     };
 }
 use insert;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::builds::{Outcome, Status};
+    use crate::pipeline::{FirstRelease, Rollback, Verify};
+    use crate::store::pushed;
+
+    fn release(build: &Build) -> Release {
+        Release {
+            id: 0,
+            environment: build.environment.clone(),
+            build_id: build.id,
+            commit: build.commit.clone(),
+            image: String::new(),
+            namespace: "hello".to_owned(),
+            objects: Vec::new(),
+            plan: Vec::new(),
+            prune: Vec::new(),
+            unwell: Vec::new(),
+            pinned: std::collections::BTreeMap::new(),
+            smoke_tests: Vec::new(),
+            verify: Verify::default(),
+            rollback: Rollback::Automatic,
+            first_release: FirstRelease::Leave,
+            set_hash: String::new(),
+        }
+    }
+
+    #[tokio::test]
+    async fn what_an_environment_is_known_to_hold_is_told_by_the_last_build_that_changed_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path(), None).await.unwrap();
+        on!(&store.main, pool => { sqlx::query("INSERT INTO environments (name) VALUES ('hello')").execute(pool).await.unwrap(); });
+        assert!(store.is_as_found("hello").await.unwrap());
+        assert!(!store.is_at_rest("hello").await.unwrap());
+        for (after, outcome, as_found, at_rest) in [
+            ("a", Outcome::Unchanged, true, false),
+            ("b", Outcome::LeftFailed, false, false),
+            ("c", Outcome::Unchanged, false, false),
+            ("d", Outcome::Removed, true, false),
+            ("e", Outcome::RolledBack, true, true),
+            ("f", Outcome::RollbackFailed, false, false),
+            ("g", Outcome::Unchanged, false, false),
+            ("h", Outcome::Live, false, true),
+            ("i", Outcome::Unchanged, false, true),
+        ] {
+            store
+                .enqueue("hello", &pushed(after), BuildKind::Push)
+                .await
+                .unwrap();
+            let build = store.claim("us", false).await.unwrap().unwrap();
+            store.plan_release(&build, &release(&build)).await.unwrap();
+            store
+                .finish(&build, Status::Failed, outcome, None)
+                .await
+                .unwrap();
+            let known = (
+                store.is_as_found("hello").await.unwrap(),
+                store.is_at_rest("hello").await.unwrap(),
+            );
+            assert_eq!(known, (as_found, at_rest), "after {after}");
+        }
+    }
+}
