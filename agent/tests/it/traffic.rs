@@ -15,7 +15,9 @@ use crate::soak::{keep, number, quantile};
 use crate::support::kubectl;
 
 const PER_SECOND: u64 = 200;
-const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+/// Of each step of a request. A first packet that found the server's queue full is sent again after 1, 3, 7 and 15 s: a machine
+/// that stands still makes a request late, not lost.
+const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 /// Of the node, for this test alone; the demo's and the sample's is another.
 const NODE_PORT: u16 = 30090;
 
@@ -122,8 +124,8 @@ async fn no_request_is_lost_over_good_and_bad_releases() {
     let deployment = read(&landfall, "deployment.yaml")
         .replace("  replicas: 1\n", "  replicas: 2\n  strategy:\n    rollingUpdate:\n      maxSurge: 1\n      maxUnavailable: 0\n")
         .replace("cpu: 50m\n", "cpu: 200m\n")
-        .replace("terminationGracePeriodSeconds: 1\n", "terminationGracePeriodSeconds: 10\n")
-        .replace("          readinessProbe:\n", "          lifecycle:\n            preStop:\n              sleep:\n                seconds: 4\n          readinessProbe:\n");
+        .replace("terminationGracePeriodSeconds: 1\n", "terminationGracePeriodSeconds: 20\n")
+        .replace("          readinessProbe:\n", "          lifecycle:\n            preStop:\n              sleep:\n                seconds: 10\n          readinessProbe:\n");
     let service = read(&landfall, "service.yaml")
         .replace("spec:\n", "spec:\n  type: NodePort\n")
         .replace(
