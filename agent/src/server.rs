@@ -296,3 +296,41 @@ fn with_headers(mut response: Response) -> Response {
     }
     response
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
+    use tokio::time::timeout;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn who_comes_when_all_connections_are_taken_waits_for_one() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let limits = Limits {
+            connections: Arc::new(Semaphore::new(2)),
+            unread: UNREAD_MAX,
+        };
+        let routes = Router::new().route("/", get(async || "here"));
+        let shutdown = CancellationToken::new();
+        let served = tokio::spawn(serve(listener, routes, limits, shutdown.clone()));
+        let held = TcpStream::connect(address).await.unwrap();
+        let _also_held = TcpStream::connect(address).await.unwrap();
+        let mut waits = TcpStream::connect(address).await.unwrap();
+        let request = b"GET / HTTP/1.1\r\nhost: here\r\nconnection: close\r\n\r\n";
+        waits.write_all(request).await.unwrap();
+        let mut answer = String::new();
+        let read = timeout(
+            Duration::from_millis(300),
+            waits.read_to_string(&mut answer),
+        );
+        assert!(read.await.is_err(), "answered beyond the limit: {answer}");
+        drop(held);
+        waits.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.ends_with("here"), "{answer}");
+        shutdown.cancel();
+        served.await.unwrap();
+    }
+}

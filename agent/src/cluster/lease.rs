@@ -40,7 +40,8 @@ pub async fn claim(
 ) -> Result<Held, Trouble> {
     let leases = cluster.api::<Lease>();
     let lease_name = format!("landfall-{environment}");
-    let begun = tokio::time::Instant::now();
+    let what = format!("claim the lease {lease_name}");
+    let mut patience = cluster.patience();
     loop {
         let asked = tokio::time::timeout(super::REQUEST_LIMIT, async {
             let known = leases.get_opt(&lease_name).await?;
@@ -73,15 +74,10 @@ pub async fn claim(
                     .context("cannot claim the environment's lease: the agent's role must allow get, create and update of leases (dev/agent-rights makes such a role)")
                     .into());
             }
-            Ok(Err(error)) => anyhow::Error::new(error),
+            Ok(Err(error)) => super::plain(error),
             Err(_) => anyhow!("no answer within {} s", super::REQUEST_LIMIT.as_secs()),
         };
-        if begun.elapsed() >= cluster.unreachable {
-            return Err(error
-                .context(format!("cannot claim the lease {lease_name}"))
-                .into());
-        }
-        tokio::time::sleep(PAUSE * 4).await;
+        patience.wait(&what, error).await?;
     }
 }
 

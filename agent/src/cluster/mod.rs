@@ -45,6 +45,12 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 const PAUSE_FIRST: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 
+/// While the server is away, and how often it is said.
+const WAITING_SAID_AFTER: Duration = Duration::from_millis(500);
+const WAITING_SAID_EVERY: Duration = Duration::from_secs(5);
+
+type Tell = Arc<dyn Fn(String) + Send + Sync>;
+
 /// One environment's place in its cluster.
 #[derive(Clone)]
 pub struct Cluster {
@@ -52,6 +58,10 @@ pub struct Cluster {
     pub namespace: String,
     /// How long the server may be away before we give up.
     pub unreachable: Duration,
+    /// `https://10.0.0.1:6443`, for people.
+    server: String,
+    /// Hears that the server is waited for.
+    tell: Tell,
     /// What discovery said, by apiVersion and kind.
     resources: Arc<Mutex<HashMap<(String, String), Resource>>>,
 }
@@ -129,12 +139,37 @@ impl Cluster {
         // Asked again here, with a limit that the operator knows.
         config.default_retry = false;
         config.default_namespace.clone_from(&namespace);
+        let server = &config.cluster_url;
+        let host = server.host().unwrap_or_default();
+        let port = server
+            .port()
+            .map_or_else(String::new, |port| format!(":{port}"));
+        let server = format!("{}://{host}{port}", server.scheme_str().unwrap_or("https"));
         Ok(Self {
             client: Client::try_from(config).context("cannot make a client of the cluster")?,
             namespace,
             unreachable: Duration::from_secs(environment.limits.unreachable_seconds),
+            server,
+            tell: Arc::new(|_| {}),
             resources: Arc::default(),
         })
+    }
+
+    /// Tells somebody that the server is waited for, while it is away.
+    pub fn telling(self, tell: impl Fn(String) + Send + Sync + 'static) -> Self {
+        Self {
+            tell: Arc::new(tell),
+            ..self
+        }
+    }
+
+    fn patience(&self) -> Patience<'_> {
+        Patience {
+            cluster: self,
+            begun: Instant::now(),
+            pause: PAUSE_FIRST,
+            said: None,
+        }
     }
 
     /// Objects of one kind in the environment's namespace.
@@ -233,9 +268,8 @@ impl Cluster {
         what: &str,
         request: &hyper::Request<Vec<u8>>,
     ) -> Result<Value, Answer> {
-        let begun = Instant::now();
-        let mut pause = PAUSE_FIRST;
         let limit = REQUEST_LIMIT.min(self.unreachable.max(Duration::from_secs(1)));
+        let mut patience = self.patience();
         loop {
             let answer =
                 tokio::time::timeout(limit, self.client.request::<Value>(request.clone())).await;
@@ -244,17 +278,10 @@ impl Cluster {
                 Ok(Err(kube::Error::Api(status))) if !is_transient(&status) => {
                     return Err(Answer::Refused(status));
                 }
-                Ok(Err(error)) => anyhow::Error::new(error),
+                Ok(Err(error)) => plain(error),
                 Err(_) => anyhow!("no answer within {} s", limit.as_secs()),
             };
-            if begun.elapsed() + pause > self.unreachable {
-                let seconds = self.unreachable.as_secs();
-                return Err(Answer::Away(
-                    error.context(format!("cannot {what}: tried for {seconds} s")),
-                ));
-            }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(PAUSE_MAX);
+            patience.wait(what, error).await.map_err(Answer::Away)?;
         }
     }
 
@@ -262,6 +289,54 @@ impl Cluster {
         self.resources
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Between a question that had no good answer and the same one again.
+struct Patience<'a> {
+    cluster: &'a Cluster,
+    begun: Instant,
+    pause: Duration,
+    said: Option<Instant>,
+}
+
+impl Patience<'_> {
+    /// An error, of what we cannot do, once the server has been away for as long as the operator allows.
+    async fn wait(&mut self, what: &str, error: anyhow::Error) -> anyhow::Result<()> {
+        let Cluster {
+            server,
+            unreachable,
+            tell,
+            ..
+        } = self.cluster;
+        let waited = self.begun.elapsed();
+        if waited + self.pause > *unreachable {
+            let seconds = unreachable.as_secs();
+            return Err(error.context(format!(
+                "cannot {what}: no good answer from the cluster at {server} for {seconds} s"
+            )));
+        }
+        let is_due = self.said.map_or(waited >= WAITING_SAID_AFTER, |said| {
+            said.elapsed() >= WAITING_SAID_EVERY
+        });
+        if is_due {
+            self.said = Some(Instant::now());
+            let seconds = waited.as_secs();
+            tell(format!(
+                "waiting for the cluster at {server}, since {seconds} s: {error:#}"
+            ));
+        }
+        tokio::time::sleep(self.pause).await;
+        self.pause = (self.pause * 2).min(PAUSE_MAX);
+        Ok(())
+    }
+}
+
+/// In the server's own words, or the network's: not what each layer between adds.
+fn plain(error: kube::Error) -> anyhow::Error {
+    match error {
+        kube::Error::Api(status) => anyhow!("{}", status.message),
+        error => anyhow!("{}", anyhow::Error::new(error).root_cause()),
     }
 }
 

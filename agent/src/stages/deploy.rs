@@ -59,7 +59,7 @@ impl Way {
 /// Takes the right to write in the environment: its namespace, which is made where it is missing and may be, and the next
 /// number of its lease.
 pub async fn hold(scope: &Scope<'_>, release: Option<&Release>) -> StageResult<Held> {
-    let cluster = Cluster::connect(scope.environment).await?;
+    let cluster = scope.cluster().await?;
     if !namespace_is_there(scope, &cluster).await? {
         make_namespace(scope, &cluster, release).await?;
     }

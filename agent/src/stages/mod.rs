@@ -28,6 +28,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::build_log::StageLog;
 use crate::builds::{Build, Cause};
+use crate::cluster::Cluster;
 use crate::config::{Docker, Environment};
 use crate::pipeline::Pipeline;
 use crate::release::AppliedObject;
@@ -46,6 +47,15 @@ pub struct Scope<'a> {
     pub log: &'a StageLog,
     /// Canceled by a person, a newer push or the agent's end; every wait listens to it.
     pub cancel: &'a CancellationToken,
+}
+
+impl Scope<'_> {
+    /// The environment's cluster; while it is away, the build's log says so.
+    pub async fn cluster(&self) -> anyhow::Result<Cluster> {
+        let log = self.log.clone();
+        let cluster = Cluster::connect(self.environment).await?;
+        Ok(cluster.telling(move |line| log.line(line)))
+    }
 }
 
 /// Why a stage did not pass. A red build is an outcome, not our error.

@@ -37,10 +37,11 @@ impl Trouble {
     /// `Away` where the connection is at fault; else our error, with what we wanted ("cannot …").
     pub fn of(error: Error, wanted: impl Into<String>) -> Self {
         let away = docker::is_away(&error);
-        let error = anyhow::Error::new(error).context(wanted.into());
+        let error = anyhow::Error::new(error);
         match away {
-            true => Self::Away(error),
-            false => Self::Final(StageError::Agent(error)),
+            // The network's own words, and not what each layer between adds.
+            true => Self::Away(anyhow!("{}", error.root_cause()).context(wanted.into())),
+            false => Self::Final(StageError::Agent(error.context(wanted.into()))),
         }
     }
 }

@@ -74,7 +74,7 @@ pub async fn run(
     scope
         .log
         .also_mask(&manifests::secret_values(&rendered.objects));
-    let cluster = Cluster::connect(scope.environment).await?;
+    let cluster = scope.cluster().await?;
     let pipeline = &checked_out.pipeline;
     let mut release = Release {
         id: 0,

@@ -37,7 +37,7 @@ pub async fn run(
     rolled_out: &RolledOut,
     evidence: &mut Vec<Evidence>,
 ) -> StageResult<Live> {
-    let cluster = Cluster::connect(scope.environment).await?;
+    let cluster = scope.cluster().await?;
     let targets = Target::serving(release);
     let mut tester = Tester {
         scope,

@@ -35,7 +35,7 @@ pub async fn run(
     if length.is_zero() || targets.is_empty() {
         return Ok(());
     }
-    let cluster = Cluster::connect(scope.environment).await?;
+    let cluster = scope.cluster().await?;
     let seconds = length.as_secs();
     scope.log.line(format!("Soak: watching for {seconds} s."));
     let watched = tokio::select! {

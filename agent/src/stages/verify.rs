@@ -48,7 +48,7 @@ pub async fn run(
     known: &Known,
     shown: Show,
 ) -> StageResult<RolledOut> {
-    let cluster = Cluster::connect(scope.environment).await?;
+    let cluster = scope.cluster().await?;
     let mut observer = Observer::new(&cluster);
     let mut targets = Target::applied(release, &applied.objects);
     without_gone_jobs(&mut observer, &mut targets).await;

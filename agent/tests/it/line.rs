@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use crate::docker_world::docker;
 use crate::landfall::{BRANCH, Landfall, is_terminal, push_payload, secret, sign};
-use crate::support::{busybox, eventually};
+use crate::support::{Namespace, agent_kubeconfig, busybox, eventually, registry};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -180,7 +180,7 @@ async fn a_newer_push_takes_the_place_of_one_that_has_not_begun_to_deploy() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_build_can_be_canceled_and_rerun() {
     let mut landfall = Landfall::start("cancel").await;
-    let id = landfall.push(&[("test.sh", "sleep 60")]).await;
+    let id = landfall.push(&[("test.sh", "sleep 10")]).await;
     landfall.reach(id, "test").await;
     let (status, _) = landfall
         .write(&format!("/api/builds/{id}/cancel"), json!({}))
@@ -190,9 +190,19 @@ async fn a_build_can_be_canceled_and_rerun() {
     let build = landfall.end(id).await;
     assert_eq!(build["status"], "canceled", "{build:#}");
     assert!(
-        begun.elapsed() < Duration::from_secs(10),
+        begun.elapsed() < Duration::from_secs(5),
         "canceling took {:?}",
         begun.elapsed()
+    );
+    let (status, answer) = landfall
+        .write(&format!("/api/builds/{id}/rerun"), json!({}))
+        .await;
+    assert_eq!(status, 202, "{answer}");
+    let again = landfall.end(id + 1).await;
+    assert_eq!(
+        (&again["kind"], &again["outcome"], &again["commit"]),
+        (&json!("rerun"), &json!("live"), &build["commit"]),
+        "{again:#}"
     );
 }
 
@@ -437,6 +447,18 @@ async fn a_signature_that_is_not_right_is_401_and_leaves_nothing() {
         401
     );
     assert_eq!(landfall.get("/api/builds").await["builds"], json!([]));
+
+    // Nor is the delivery itself in the store's files; a signed one is.
+    let is_stored = || {
+        ["landfall.db", "landfall.db-wal"].iter().any(|file| {
+            let bytes = std::fs::read(landfall.path("data").join(file)).unwrap_or_default();
+            bytes.windows(40).any(|found| found == [b'b'; 40])
+        })
+    };
+    assert!(!is_stored());
+    let headers = [("x-hub-signature-256", good.as_str())];
+    let (status, _) = landfall.post("push", &headers, body.into_bytes()).await;
+    assert_eq!((status, is_stored()), (202, true));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -512,6 +534,51 @@ async fn a_delivery_that_is_no_push_for_us_is_said_to_be_ignored() {
         .collect();
     assert_eq!(landfall.post("push", &headers, body).await.0, 415);
     assert_eq!(landfall.get("/api/builds").await["builds"], json!([]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_push_is_built_for_each_environment_of_its_branch_at_once_or_in_turns() {
+    let mut landfall = Landfall::start("several").await;
+    let second = Namespace::new("several-too");
+    let rights = agent_kubeconfig(&second.0);
+    std::fs::write(landfall.path("second.kubeconfig"), rights).unwrap();
+    let environment = format!(
+        "environments:\n  - name: second\n    repository: acme/hello\n    branch: {BRANCH}\n    clone_url: {}\n    \
+         webhook_secrets: [{}]\n    kubeconfig: second.kubeconfig\n    namespace: {namespace}\n    \
+         image_prefix: {}/{namespace}\n    build_args: {{ BASE: \"{}\" }}\n",
+        landfall.git_url(),
+        secret(),
+        registry(),
+        busybox(),
+        namespace = second.0,
+    );
+    landfall.restart("environments:\n", &environment, &[]).await;
+    let times = |build: &Value| {
+        let at = |key: &str| build[key].as_i64().unwrap();
+        at("started_at")..at("finished_at")
+    };
+    let both = async |landfall: &mut Landfall, test: &str| {
+        let id = landfall.push(&[("test.sh", test)]).await;
+        let builds = [landfall.end(id).await, landfall.end(id + 1).await];
+        let mut names = builds
+            .each_ref()
+            .map(|build| build["environment"].as_str().unwrap());
+        names.sort_unstable();
+        assert_eq!(names, ["hello", "second"]);
+        builds
+    };
+
+    let [one, other] = both(&mut landfall, "sleep 3").await;
+    assert_eq!([&one["outcome"], &other["outcome"]], ["live", "live"]);
+    let (a, b) = (times(&one), times(&other));
+    assert!(a.start < b.end && b.start < a.end, "{a:?} {b:?}");
+
+    let in_turns = "data_dir: data\nbuilds_at_once: 1\n";
+    landfall.restart("data_dir: data\n", in_turns, &[]).await;
+    let [one, other] = both(&mut landfall, "exit 1").await;
+    assert_eq!([&one["status"], &other["status"]], ["failed", "failed"]);
+    let (a, b) = (times(&one), times(&other));
+    assert!(a.end <= b.start || b.end <= a.start, "{a:?} {b:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -616,6 +683,24 @@ async fn the_doctor_finds_nothing_wrong_where_all_is_well() {
         "{code:?}: {said}"
     );
     assert!(said.contains("that releases need"), "{said}");
+
+    let role = format!(
+        "/apis/rbac.authorization.k8s.io/v1/namespaces/{}/roles/landfall-agent",
+        landfall.namespace.0
+    );
+    let mut less: Value =
+        serde_json::from_str(&crate::support::api("GET", &role, None).unwrap()).unwrap();
+    for rule in less["rules"].as_array_mut().unwrap() {
+        let verbs = rule["verbs"].as_array_mut().unwrap();
+        verbs.retain(|verb| verb != "patch");
+    }
+    crate::support::api("PUT", &role, Some(&less)).unwrap();
+    let (code, said) = landfall.run_command(&["doctor"]);
+    assert_eq!(code, Some(5), "{said}");
+    assert!(
+        said.contains("FAIL") && said.contains("patch deployments") && said.contains("kubectl"),
+        "{said}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -661,12 +746,22 @@ async fn a_stopped_agent_leaves_its_build_to_the_next_start() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_manual_build_takes_the_head_of_the_branch() {
+    // What git takes as a name is text wherever it goes.
+    let branch = "feature/$(touch${IFS}/tmp/x);`id`&'\"<b>{{x}}-größe--upload-pack=x";
     let mut landfall = Landfall::start("manual").await;
     let head = landfall.commit(&[]);
+    let named = std::process::Command::new("git")
+        .args(["branch", branch, BRANCH])
+        .current_dir(landfall.path("hello.git"))
+        .status();
+    assert!(named.unwrap().success());
+    let quoted = format!("branch: {}", json!(branch));
+    let usual = format!("branch: {BRANCH}");
+    landfall.restart(&usual, &quoted, &[]).await;
     let (status, answer) = landfall
         .write(
             "/api/builds",
-            json!({ "environment": "hello", "branch": BRANCH }),
+            json!({ "environment": "hello", "branch": branch }),
         )
         .await;
     assert_eq!(status, 202, "{answer}");
@@ -675,8 +770,8 @@ async fn a_manual_build_takes_the_head_of_the_branch() {
         .end(builds["builds"][0]["id"].as_i64().unwrap())
         .await;
     assert_eq!(
-        (build["status"].as_str(), build["commit"].as_str()),
-        (Some("passed"), Some(head.as_str())),
+        (&build["outcome"], &build["commit"], &build["branch"]),
+        (&json!("live"), &json!(head), &json!(branch)),
         "{build:#}"
     );
     eventually(
@@ -692,6 +787,13 @@ async fn a_manual_build_takes_the_head_of_the_branch() {
         },
     )
     .await;
+    let page = landfall
+        .text(&format!("/builds/{}", build["id"].as_i64().unwrap()))
+        .await;
+    assert!(
+        page.contains("{{x}}-größe") && !page.contains("<b>{{x}}"),
+        "{page}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -732,14 +834,32 @@ async fn a_cluster_or_engine_that_is_away_ends_as_errored_and_never_as_failed() 
         (&json!("errored"), &json!("unchanged")),
         "{build:#}"
     );
-    assert!(
-        build["cause"]["sentence"]
-            .as_str()
-            .unwrap()
-            .contains("Docker"),
-        "{:#}",
-        build["cause"]
+    let sentence = |build: &Value| build["cause"]["sentence"].as_str().unwrap().to_owned();
+    assert!(sentence(&build).contains("Docker"), "{build:#}");
+
+    let rights = std::fs::read_to_string(landfall.path("agent.kubeconfig")).unwrap();
+    let server = rights
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("server: "))
+        .unwrap();
+    let nowhere = rights.replace(server, "https://127.0.0.1:1");
+    std::fs::write(landfall.path("agent.kubeconfig"), nowhere).unwrap();
+    landfall
+        .restart("docker: { host: \"tcp://127.0.0.1:1\" }\n", "", &[])
+        .await;
+    let id = landfall.push(&[]).await;
+    let build = landfall.end(id).await;
+    assert_eq!(
+        (&build["status"], &build["outcome"], &build["stage"]),
+        (&json!("errored"), &json!("unchanged"), &json!("deploy")),
+        "{build:#}"
     );
+    assert!(
+        sentence(&build).contains("the cluster at https://127.0.0.1:1"),
+        "{build:#}"
+    );
+    let log = landfall.log(id).await;
+    assert!(log.contains("waiting for the cluster at"), "{log}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

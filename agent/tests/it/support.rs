@@ -4,8 +4,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use k8s_openapi::api::core::v1::Secret;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use landfall::builds::{Build, BuildKind, Outcome, Status};
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 /// A variable that `make test` sets; a test without its surroundings fails and never skips.
@@ -55,16 +57,28 @@ pub fn kubectl(arguments: &[&str]) -> String {
 /// One request to the API server as the cluster's admin: what is asked for often is asked without starting a kubectl,
 /// which costs a core a seventh of a second.
 pub fn api(method: &str, path: &str, body: Option<&Value>) -> kube::Result<String> {
-    let request = axum::http::Request::builder()
+    let body = body.map_or_else(String::new, Value::to_string);
+    let request = request(method, path, "application/json", body);
+    as_admin(async |client| client.request_text(request).await)
+}
+
+fn request(
+    method: &str,
+    path: &str,
+    content_type: &str,
+    body: String,
+) -> axum::http::Request<Vec<u8>> {
+    axum::http::Request::builder()
         .method(method)
         .uri(path)
-        .header("content-type", "application/json")
-        .body(
-            body.map(|body| body.to_string().into_bytes())
-                .unwrap_or_default(),
-        )
-        .unwrap();
-    let asked = move || {
+        .header("content-type", content_type)
+        .body(body.into_bytes())
+        .unwrap()
+}
+
+/// Not on the test's own thread, which may run a runtime already.
+fn as_admin<T: Send>(work: impl AsyncFnOnce(kube::Client) -> T + Send) -> T {
+    let asked = || {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -73,12 +87,10 @@ pub fn api(method: &str, path: &str, body: Option<&Value>) -> kube::Result<Strin
             let file = Kubeconfig::read_from(kubeconfig()).unwrap();
             let config =
                 kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await;
-            let client = kube::Client::try_from(config.unwrap()).unwrap();
-            client.request_text(request).await
+            work(kube::Client::try_from(config.unwrap()).unwrap()).await
         })
     };
-    // Not on the test's own thread, which may run a runtime already.
-    std::thread::spawn(asked).join().unwrap()
+    std::thread::scope(|scope| scope.spawn(asked).join().unwrap())
 }
 
 pub const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
@@ -111,21 +123,61 @@ pub fn build() -> Build {
     }
 }
 
-/// A kubeconfig of an agent that may do in this namespace what it needs, and nothing elsewhere (dev/agent-rights).
+/// A kubeconfig of an agent that may do in this namespace what it needs, and nothing elsewhere: as dev/agent-rights makes
+/// it (the demo's own test runs that), without its four kubectls.
 pub fn agent_kubeconfig(namespace: &str) -> Vec<u8> {
-    let rights = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dev/agent-rights");
-    let output = Command::new(rights)
-        .arg(kubeconfig())
-        .arg(namespace)
-        .arg(setting("LANDFALL_TEST_KUBECTL"))
-        .output()
-        .unwrap();
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    output.stdout
+    let rights = include_str!("../../../dev/agent-rights.yaml").replace("NAMESPACE", namespace);
+    let secret = format!("/api/v1/namespaces/landfall-agents/secrets/{namespace}");
+    let token = as_admin(async |client| {
+        for document in serde_yaml::Deserializer::from_str(&rights) {
+            let object = Value::deserialize(document).unwrap();
+            let path = format!("{}?fieldManager=kubectl&force=true", path_of(&object));
+            let apply = request(
+                "PATCH",
+                &path,
+                "application/apply-patch+yaml",
+                object.to_string(),
+            );
+            client.request_text(apply).await.unwrap();
+        }
+        eventually("the account's token", Duration::from_secs(10), async || {
+            let get = request("GET", &secret, "application/json", String::new());
+            let secret: Secret = client.request(get).await.unwrap();
+            secret.data?.remove("token")
+        })
+        .await
+    });
+    let mut config = Kubeconfig::read_from(kubeconfig()).unwrap();
+    let user = &mut config.auth_infos[0];
+    user.auth_info = Some(kube::config::AuthInfo {
+        token: Some(String::from_utf8(token.0).unwrap().into()),
+        ..kube::config::AuthInfo::default()
+    });
+    for context in &mut config.contexts {
+        let context = context.context.as_mut().unwrap();
+        context.namespace = Some(namespace.to_owned());
+    }
+    serde_yaml::to_string(&config).unwrap().into_bytes()
+}
+
+/// Where the API server keeps this object.
+pub fn path_of(object: &Value) -> String {
+    let metadata = &object["metadata"];
+    let of = metadata["namespace"]
+        .as_str()
+        .map_or_else(String::new, |name| format!("namespaces/{name}/"));
+    let api = match object["apiVersion"].as_str().unwrap() {
+        "v1" => "/api/v1".to_owned(),
+        version => format!("/apis/{version}"),
+    };
+    let kind = object["kind"].as_str().unwrap().to_lowercase();
+    let plural = match kind.strip_suffix('y') {
+        Some(stem) => format!("{stem}ies"),
+        None if kind.ends_with('s') => format!("{kind}es"),
+        None => format!("{kind}s"),
+    };
+    let name = metadata["name"].as_str().unwrap();
+    format!("{api}/{of}{plural}/{name}")
 }
 
 /// A namespace of one test's own, removed with it.
