@@ -59,6 +59,15 @@ impl Place {
     /// The Service itself, at its port named `http` or its first.
     pub fn of_service(service: &Service) -> Self {
         let (port, tls) = port(service).map_or((80, false), |(port, tls)| (port.port, tls));
+        Self::at_port(service, port, tls)
+    }
+
+    /// The Service itself, at one of its ports.
+    pub fn of_service_port(service: &Service, port: &ServicePort) -> Self {
+        Self::at_port(service, port.port, speaks_tls(port))
+    }
+
+    fn at_port(service: &Service, port: i32, tls: bool) -> Self {
         Self {
             resource: "services",
             name: service.metadata.name.clone().unwrap_or_default(),
@@ -97,10 +106,14 @@ fn port(service: &Service) -> Option<(ServicePort, bool)> {
         .find(|port| port.name.as_deref() == Some("http"))
         .or(ports.first())?
         .clone();
-    let tls = port.name.as_deref() == Some("https")
-        || port.app_protocol.as_deref() == Some("https")
-        || port.port == 443;
+    let tls = speaks_tls(&port);
     Some((port, tls))
+}
+
+fn speaks_tls(port: &ServicePort) -> bool {
+    port.name.as_deref() == Some("https")
+        || port.app_protocol.as_deref() == Some("https")
+        || port.port == 443
 }
 
 fn named_port(pod: &Pod, name: &str) -> Option<i32> {

@@ -21,8 +21,8 @@ use crate::stages::deploy::{self, Applying, KnownJobs, Way};
 use crate::stages::plan::{self, Ground, Plan};
 use crate::stages::verify::{Known, Show};
 use crate::stages::{
-    Applied, Built, CheckedOut, Live, RolledOut, Scope, StageError, StageResult, removal,
-    smoke_test, soak, verify,
+    Applied, Built, CheckedOut, Live, RolledOut, Scope, StageError, StageResult, listening,
+    removal, smoke_test, soak, verify,
 };
 use crate::store::Unsealable;
 
@@ -117,6 +117,10 @@ impl Line<'_> {
         let mut evidence = Vec::new();
         let work = async {
             let live = smoke_test::run(&scope, release, rolled_out, &mut evidence).await?;
+            // What is brought back has served before.
+            if !self.build.kind.brings_back() {
+                listening::run(&scope, release).await?;
+            }
             soak::run(&scope, release, &rolled_out.left, self.soaked_enough()).await?;
             Ok(live)
         };

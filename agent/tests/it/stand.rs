@@ -5,7 +5,7 @@ use landfall::builds::{Build, Cause, Stage};
 use landfall::config::{Docker, Environment};
 use landfall::release::{AppliedObject, Change, Evidence, Release};
 use landfall::stages::{
-    Applied, Live, RolledOut, Scope, StageError, StageResult, smoke_test, soak, verify,
+    Applied, Live, RolledOut, Scope, StageError, StageResult, listening, smoke_test, soak, verify,
     verify::{Known, Show},
 };
 use serde_json::{Value, json};
@@ -99,16 +99,8 @@ impl Stand {
                 .to_owned()
         };
         let (kind, name) = (text("/kind"), text("/metadata/name"));
-        let live: Value = serde_json::from_str(&kubectl(&[
-            "-n",
-            &self.namespace.0,
-            "get",
-            &kind,
-            &name,
-            "-o",
-            "json",
-        ]))
-        .unwrap();
+        let live = support::api("GET", &support::path_of(object), None).unwrap();
+        let live: Value = serde_json::from_str(&live).unwrap();
         AppliedObject {
             api_version: text("/apiVersion"),
             kind,
@@ -162,6 +154,12 @@ impl Stand {
         };
         self.evidence = evidence;
         soaked.and(live)
+    }
+
+    /// Whether somebody listens where each Service leads that no smoke test asks.
+    pub async fn listens(&self) -> StageResult<()> {
+        let log = self.log.stage(Stage::SmokeTest);
+        listening::run(&self.scope(&log), &self.release).await
     }
 
     /// Does this to the namespace as soon as the log says these words; what was logged until then is lost to `log`.

@@ -220,6 +220,41 @@ async fn a_port_where_nobody_listens_fails_the_smoke_test() {
 }
 
 #[tokio::test]
+async fn a_service_that_no_smoke_test_asks_must_lead_to_somebody_who_listens() {
+    // It listens, and speaks no HTTP.
+    let speaks = "while true; do echo -ERR | nc -l -p 6379; done";
+    let mut stand = Stand::new("listens", |namespace| {
+        let named = |name: &str, ports: serde_json::Value| {
+            let mut service = service(namespace, "web");
+            service["metadata"]["name"] = json!(name);
+            service["spec"]["ports"] = ports;
+            service
+        };
+        let redis = json!({"name": "redis", "port": 6379});
+        let spare = json!({"name": "spare", "port": 9999});
+        vec![
+            named("redis", json!([redis])),
+            named("half", json!([redis, spare])),
+            named("later", json!([spare])),
+            deployment(namespace, 1, speaks),
+        ]
+    });
+    stand.verify().await.unwrap();
+    let later = stand.release.objects.remove(2);
+    stand.listens().await.unwrap();
+    stand.release.objects.push(later);
+    let cause = cause(stand.listens().await);
+    assert_eq!(cause.id, "smoke_no_answer", "{cause:?}");
+    assert!(
+        cause.sentence.contains("service/later") && cause.sentence.contains("9999"),
+        "{cause:?}"
+    );
+    let log = stand.log().await;
+    let told = "nobody listens where port 9999 of service/half leads";
+    assert!(log.contains(told), "{log}");
+}
+
+#[tokio::test]
 async fn a_program_that_dies_after_the_smoke_test_fails_in_the_soak() {
     let shell = "(sleep 14; echo 'panicked at the wrong moment'; kill -9 -1) & mkdir /tmp/www; httpd -f -p 8080 -h /tmp/www; exit 3";
     let mut stand = Stand::new("soak", |namespace| {
