@@ -10,7 +10,8 @@ help: ## this list
 cluster: ## makes or starts the demo's cluster: a real Kubernetes in one container
 	@dev/cluster up landfall-demo
 
-cluster-down: ## removes the clusters and the images that were made for them
+cluster-down: ## ends the demo; removes the clusters and the images that were made for them
+	@dev/demo stop 2> /dev/null
 	@dev/cluster down landfall-demo landfall-test
 	@dev/setup clean
 

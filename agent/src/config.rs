@@ -746,6 +746,51 @@ mod tests {
         })
     }
 
+    const README: &str = include_str!("../../README.md");
+
+    #[test]
+    fn the_agent_yaml_of_the_readme_is_read_and_its_defaults_are_ours() {
+        let (_, block) = README.split_once("```yaml\n# agent.yaml").unwrap();
+        let (block, _) = block.split_once("```").unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        for file in [
+            "github-token",
+            "clone-token",
+            "webhook-secret",
+            "registry-password",
+            "agent.kubeconfig",
+        ] {
+            assert!(block.contains(file), "{file}");
+            std::fs::write(folder.path().join(file), "x".repeat(64)).unwrap();
+        }
+        let path = folder.path().join("agent.yaml");
+        std::fs::write(&path, format!("#{block}")).unwrap();
+        let read = Config::load_with(&path, &|_| None).unwrap();
+        let ours = load(ENVIRONMENT, &[]).unwrap();
+        let defaults = |config: &Config| {
+            let environment = &config.environments[0];
+            format!(
+                "{} {:?} {} {} {} {:?} {} {:?} {} {} {:?} {:?}",
+                config.listen,
+                config.read_access,
+                config.reconcile_seconds,
+                config.builds_at_once,
+                config.min_free_bytes,
+                config.retention,
+                environment.pipeline,
+                environment.take_fields_from,
+                environment.create_namespace,
+                environment.nodes_autoscale || environment.prune_many,
+                environment.smoke_test_hosts,
+                environment.limits,
+            )
+        };
+        assert_eq!(defaults(&read), defaults(&ours));
+        let kinds = &ours.environments[0].allowed_kinds;
+        let said = format!("# default: {} usual kinds, without Secret", kinds.len());
+        assert!(block.contains(&said) && !kinds.contains(&"Secret".to_owned()));
+    }
+
     #[test]
     fn a_short_secret_is_refused_with_how_to_make_one() {
         let error = load(

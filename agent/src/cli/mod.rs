@@ -349,6 +349,40 @@ mod tests {
         }
     }
 
+    /// Words as a shell would part them: quotes hold one together, a comment ends the line. What may be left out is there.
+    fn words(line: &str) -> Vec<String> {
+        let line = line.split(" #").next().unwrap().replace(['[', ']'], "");
+        let mut words = Vec::new();
+        for (index, part) in line.split('"').enumerate() {
+            match index % 2 {
+                0 => words.extend(part.split_whitespace().map(str::to_owned)),
+                _ => words.push(part.to_owned()),
+            }
+        }
+        words
+    }
+
+    #[test]
+    fn every_command_that_the_readme_names_is_one() {
+        let readme = include_str!("../../../README.md");
+        let lines = readme.lines().filter(|line| line.starts_with("landfall "));
+        let inline = readme
+            .lines()
+            .flat_map(|line| line.split('`').skip(1).step_by(2));
+        let named: Vec<&str> = lines
+            .chain(inline.filter(|code| code.starts_with("landfall ")))
+            .collect();
+        assert!(named.len() > 20, "{named:#?}");
+        for line in named {
+            if let Err(error) = Cli::try_parse_from(words(line)) {
+                let is_short_for_more = error.kind()
+                    == clap::error::ErrorKind::MissingRequiredArgument
+                    && words(line).len() == 2;
+                assert!(is_short_for_more, "{line}: {error}");
+            }
+        }
+    }
+
     #[test]
     fn waiting_is_the_default_and_the_last_word_counts() {
         for (words, waits) in [

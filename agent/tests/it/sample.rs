@@ -1,13 +1,16 @@
 //! The sample through the demo's own line: a user's `git push`, the hook that plays GitHub, the app from its image on
 //! its NodePort. Alone in the namespace `hello-axum`, so one test after the other.
 
-use std::process::Command;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::landfall::Landfall;
-use crate::support::{eventually, kubeconfig, kubectl, setting};
+use crate::landfall::{Landfall, free_port};
+use crate::support::{Namespace, eventually, kubeconfig, kubectl, setting};
 
 /// Whoever holds it has the namespace and the NodePort: these tests, one after the other, and dev/test-jenkinsfile.
 struct Alone(#[expect(dead_code, reason = "held")] std::fs::File);
@@ -69,14 +72,121 @@ async fn passed(landfall: &Landfall, id: i64) -> Value {
     build
 }
 
+/// `make demo` on the tests' cluster, with a state of its own.
+struct Demo {
+    state: tempfile::TempDir,
+    ports: [u16; 2],
+}
+
+impl Demo {
+    fn new() -> Self {
+        Self {
+            state: tempfile::tempdir().unwrap(),
+            ports: [free_port(), free_port()],
+        }
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(format!("{ROOT}/dev/demo"));
+        command
+            .args(arguments)
+            .env("LANDFALL_STATE", self.state.path())
+            .env("DEMO_CLUSTER", "landfall-test")
+            .env("AGENT_PORT", self.ports[0].to_string())
+            .env("GIT_PORT", self.ports[1].to_string())
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// To its end; what it printed.
+    fn run(&self, arguments: &[&str]) -> String {
+        let output = self.command(arguments).output().unwrap();
+        let said = [output.stdout, output.stderr].concat();
+        let said = String::from_utf8_lossy(&said).into_owned();
+        assert!(output.status.success(), "dev/demo {arguments:?}: {said}");
+        said
+    }
+
+    /// Until it has said this; then as a terminal does at Ctrl-C. It must not end well.
+    fn interrupt_after(&self, word: &str) {
+        let mut child = self
+            .command(&[])
+            .process_group(0)
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let found = lines.map_while(Result::ok).find(|line| line.contains(word));
+        assert!(found.is_some(), "dev/demo never said {word:?}");
+        let group = format!("-{}", child.id());
+        let sent = Command::new("kill").args(["-INT", "--", &group]).status();
+        assert!(sent.unwrap().success());
+        assert!(!child.wait().unwrap().success());
+    }
+
+    fn landfall(&self, arguments: &[&str]) -> (bool, String) {
+        let output = Command::new(env!("CARGO_BIN_EXE_landfall"))
+            .args(arguments)
+            .arg("--config")
+            .arg(self.state.path().join("agent.yaml"))
+            .output()
+            .unwrap();
+        let said = [output.stdout, output.stderr].concat();
+        (
+            output.status.success(),
+            String::from_utf8_lossy(&said).into_owned(),
+        )
+    }
+
+    async fn get(&self, path: &str) -> String {
+        let url = format!("http://127.0.0.1:{}{path}", self.ports[0]);
+        let http = reqwest::Client::builder().no_proxy().build().unwrap();
+        http.get(url).send().await.unwrap().text().await.unwrap()
+    }
+
+    async fn newest(&self) -> Value {
+        let builds: Value = serde_json::from_str(&self.get("/api/builds").await).unwrap();
+        let id = builds["builds"][0]["id"].as_i64().unwrap();
+        serde_json::from_str(&self.get(&format!("/api/builds/{id}")).await).unwrap()
+    }
+}
+
+impl Drop for Demo {
+    fn drop(&mut self) {
+        let _ = self.command(&["stop"]).status();
+        if std::thread::panicking() {
+            let log = std::fs::read_to_string(self.state.path().join("agent.log"));
+            println!("--- the agent's log\n{}", log.unwrap_or_default());
+        }
+    }
+}
+
+/// Runs lines of shell as a user does.
+fn shell(folder: &Path, lines: &str) -> String {
+    let output = Command::new("bash")
+        .args(["-ec", lines])
+        .current_dir(folder)
+        .output()
+        .unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said).into_owned();
+    assert!(output.status.success(), "{said}");
+    said
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_demos_own_line_takes_a_changed_greeting_live() {
     let _alone = Alone::wait().await;
-    let landfall = Landfall::start_sample().await;
-    landfall.hook();
-    let said = landfall.push_to_hook(&[]);
-    let build = passed(&landfall, build_number(&said)).await;
-    let commit = build["commit"].as_str().unwrap();
+    let _namespace = Namespace::anew("hello-axum");
+    let demo = Demo::new();
+    demo.interrupt_after("build #1 queued");
+    let said = demo.run(&[]);
+    for told in ["/hello.git /tmp/hello", "Hello, World!", "[demo] all of it"] {
+        assert!(said.contains(told), "{told}: {said}");
+    }
+    let build = demo.newest().await;
+    assert_eq!(build["outcome"], "live", "{build:#}");
     assert_eq!(app("/").await.as_deref(), Some("Hello, World!"));
     assert_eq!(
         app("/health").await.as_deref(),
@@ -86,29 +196,36 @@ async fn the_demos_own_line_takes_a_changed_greeting_live() {
         app("/ready").await.as_deref(),
         Some("{\"status\":\"ready\",\"message\":\"Service is ready to accept traffic\"}")
     );
-    assert!(app("/version").await.unwrap().contains(commit));
-    numbers_are_real(&build).await;
-
-    // A user changes the greeting alone, and pushes.
-    let main = std::fs::read_to_string(landfall.path("work/app/src/main.rs")).unwrap();
-    assert!(main.contains("\"Hello, World!\""));
-    let said = landfall.push_to_hook(&[(
-        "app/src/main.rs",
-        &main.replace("\"Hello, World!\"", "\"Hello from me!\""),
-    )]);
-    let build = passed(&landfall, build_number(&said)).await;
     let commit = build["commit"].as_str().unwrap();
-    eventually(
-        "the new greeting on the NodePort",
-        Duration::from_secs(3),
-        async || {
-            app("/")
-                .await
-                .filter(|greeting| greeting == "Hello from me!")
-        },
-    )
-    .await;
     assert!(app("/version").await.unwrap().contains(commit));
+    let (is_well, said) = demo.landfall(&["doctor"]);
+    assert!(is_well && !said.contains("FAIL"), "{said}");
+    numbers_are_real(&build).await;
+    image_is_small_and_without_rights(&build);
+    is_reached_by_name();
+
+    // A user changes the greeting alone, and pushes: by the lines that the demo prints.
+    let git = format!("http://127.0.0.1:{}/hello.git", demo.ports[1]);
+    let said = shell(
+        demo.state.path(),
+        &format!(
+            "git clone -q {git} hello; cd hello
+            sed -i 's/Hello, World!/Hello from me!/' app/src/main.rs
+            git -c user.name=me -c user.email=me@localhost commit -qam 'Say hello'
+            git push"
+        ),
+    );
+    let (is_live, log) = demo.landfall(&["logs", "-f", &build_number(&said).to_string()]);
+    assert!(is_live, "{log}");
+    assert_eq!(app("/").await.as_deref(), Some("Hello from me!"));
+    let build = demo.newest().await;
+    let commit = build["commit"].as_str().unwrap();
+    assert!(app("/version").await.unwrap().contains(commit));
+    let is_cached = |line: &str| line.contains("[dependencies 1/1]") && line.ends_with("CACHED");
+    assert!(
+        log.lines().any(is_cached),
+        "a changed greeting compiles the app's dependencies too:\n{log}"
+    );
     let history = kubectl(&[
         "-n",
         "hello-axum",
@@ -117,6 +234,44 @@ async fn the_demos_own_line_takes_a_changed_greeting_live() {
         "deployment/hello-axum",
     ]);
     assert!(history.contains(&commit[..12]), "{history}");
+
+    // Stopped, and begun once more.
+    demo.run(&["stop"]);
+    assert!(std::net::TcpStream::connect(("127.0.0.1", demo.ports[0])).is_err());
+    assert_eq!(app("/").await.as_deref(), Some("Hello from me!"));
+    demo.run(&[]);
+    assert_eq!(app("/").await.as_deref(), Some("Hello, World!"));
+}
+
+/// From another pod, by the name that the cluster's DNS knows.
+fn is_reached_by_name() {
+    let image = format!("--image={}", crate::support::busybox());
+    let asked = kubectl(&[
+        "-n",
+        "hello-axum",
+        "run",
+        "asks-by-name",
+        "--rm",
+        "-iq",
+        "--restart=Never",
+        &image,
+        "--command",
+        "--",
+        "wget",
+        "-qO-",
+        "http://hello-axum",
+    ]);
+    assert!(asked.contains("Hello, World!"), "{asked}");
+}
+
+fn image_is_small_and_without_rights(build: &Value) {
+    let (repository, _) = build["image"].as_str().unwrap().split_once('@').unwrap();
+    let tag = format!("{repository}:{}", build["commit"].as_str().unwrap());
+    let image = crate::docker_world::docker(&["image", "inspect", &tag]);
+    let image: Value = serde_json::from_str(&image).unwrap();
+    assert_eq!(image[0]["Config"]["User"], "65532:65532", "{image:#}");
+    let bytes = image[0]["Size"].as_u64().unwrap();
+    assert!(bytes <= 3_000_000, "{bytes} bytes");
 }
 
 /// `kubectl top` and the HPA show numbers and not "unknown" within a minute of the apply; on a busy machine a little later.
