@@ -232,6 +232,7 @@ async fn forward(
     let applied = Applied {
         release_id: 0,
         objects: objects.clone(),
+        unwell: Vec::new(),
     };
     verify::run(scope, release, &applied, &Known::default(), Show::Cause)
         .await
@@ -261,6 +262,7 @@ async fn back(
         let applied = Applied {
             release_id: 0,
             objects,
+            unwell: Vec::new(),
         };
         return verify::run(scope, found, &applied, &Known::default(), Show::Cause)
             .await

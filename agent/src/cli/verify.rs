@@ -73,6 +73,7 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let applied = Applied {
         release_id: 0,
         objects,
+        unwell: Vec::new(),
     };
     let (build, docker) = (standalone::build(0), Docker::default());
     let rolled_out = standalone::with_log(Stage::Verify, async |log, cancel| {

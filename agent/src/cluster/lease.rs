@@ -3,7 +3,7 @@
 //! `claim` takes the number by compare-and-set in a Lease; `fence` writes it on an object as a label that only
 //! `landfall-fence` forces. From then on the API server compares: whoever applies with another number is refused.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use jiff::Timestamp;
@@ -41,9 +41,10 @@ pub async fn claim(
     let leases = cluster.api::<Lease>();
     let lease_name = format!("landfall-{environment}");
     let what = format!("claim the lease {lease_name}");
+    let begun = Instant::now();
     let mut patience = cluster.patience();
     loop {
-        let asked = tokio::time::timeout(super::REQUEST_LIMIT, async {
+        let asked = tokio::time::timeout(cluster.one_try(), async {
             let known = leases.get_opt(&lease_name).await?;
             let lease = next(known.as_ref(), &lease_name, holder, at_least);
             let parameters = PostParams {
@@ -66,16 +67,23 @@ pub async fn claim(
                     lease: lease_name,
                 });
             }
-            Ok(Err(kube::Error::Api(status))) if status.code == 409 => {
-                anyhow!("{}", status.message)
+            // Somebody wrote it since it was read.
+            Ok(Err(kube::Error::Api(status)))
+                if status.code == 409 && begun.elapsed() < cluster.unreachable =>
+            {
+                tokio::time::sleep(PAUSE * 4).await;
+                continue;
             }
             Ok(Err(kube::Error::Api(status))) if status.code == 403 => {
                 return Err(anyhow!("{}", status.message)
                     .context("cannot claim the environment's lease: the agent's role must allow get, create and update of leases (dev/agent-rights makes such a role)")
                     .into());
             }
+            Ok(Err(kube::Error::Api(status))) if !super::is_transient(&status) => {
+                return Err(anyhow!("cannot {what}: {}", status.message).into());
+            }
             Ok(Err(error)) => super::plain(error),
-            Err(_) => anyhow!("no answer within {} s", super::REQUEST_LIMIT.as_secs()),
+            Err(_) => anyhow!("no answer within {} s", cluster.one_try().as_secs()),
         };
         patience.wait(&what, error).await?;
     }

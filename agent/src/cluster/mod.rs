@@ -163,6 +163,11 @@ impl Cluster {
         }
     }
 
+    /// So short that who is silent can be asked again, and told of, before we give up.
+    fn one_try(&self) -> Duration {
+        REQUEST_LIMIT.min((self.unreachable / 3).max(Duration::from_secs(1)))
+    }
+
     fn patience(&self) -> Patience<'_> {
         Patience {
             cluster: self,
@@ -268,7 +273,7 @@ impl Cluster {
         what: &str,
         request: &hyper::Request<Vec<u8>>,
     ) -> Result<Value, Answer> {
-        let limit = REQUEST_LIMIT.min(self.unreachable.max(Duration::from_secs(1)));
+        let limit = self.one_try();
         let mut patience = self.patience();
         loop {
             let answer =
@@ -311,7 +316,7 @@ impl Patience<'_> {
         } = self.cluster;
         let waited = self.begun.elapsed();
         if waited + self.pause > *unreachable {
-            let seconds = unreachable.as_secs();
+            let seconds = waited.as_secs();
             return Err(error.context(format!(
                 "cannot {what}: no good answer from the cluster at {server} for {seconds} s"
             )));
@@ -332,11 +337,22 @@ impl Patience<'_> {
     }
 }
 
-/// In the server's own words, or the network's: not what each layer between adds.
+/// In the server's own words; or the network's, and not what each layer between adds. Of a kubeconfig's own command not what
+/// it printed, which may hold a token.
 fn plain(error: kube::Error) -> anyhow::Error {
     match error {
         kube::Error::Api(status) => anyhow!("{}", status.message),
-        error => anyhow!("{}", anyhow::Error::new(error).root_cause()),
+        kube::Error::Auth(kube::client::AuthError::AuthExecRun { cmd, out, .. }) => {
+            anyhow!("the kubeconfig's own command failed: {cmd}: {}", out.status)
+        }
+        error => {
+            let error = anyhow::Error::new(error);
+            let mut layers = error.chain();
+            match layers.any(|layer| layer.to_string().contains("(Connect)")) {
+                true => anyhow!("{}", error.root_cause()),
+                false => error,
+            }
+        }
     }
 }
 

@@ -64,7 +64,12 @@ impl Place {
 
     /// The Service itself, at one of its ports.
     pub fn of_service_port(service: &Service, port: &ServicePort) -> Self {
-        Self::at_port(service, port.port, speaks_tls(port))
+        // By its name: of two ports with one number, for TCP and UDP, the API server takes the first.
+        let named = port.name.clone();
+        Self {
+            port: named.unwrap_or_else(|| port.port.to_string()),
+            ..Self::at_port(service, port.port, speaks_tls(port))
+        }
     }
 
     fn at_port(service: &Service, port: i32, tls: bool) -> Self {

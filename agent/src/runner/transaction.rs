@@ -87,8 +87,26 @@ impl Line<'_> {
         } else {
             Way::Forward
         };
-        self.journaled(Stage::Deploy, &scope, self.apply(&scope, release, way))
-            .await
+        let work = async {
+            let unwell = match way {
+                Way::Back => self.unwell_now(&scope).await?,
+                _ => release.unwell.clone(),
+            };
+            let applied = self.apply(&scope, release, way).await?;
+            Ok(Applied { unwell, ..applied })
+        };
+        self.journaled(Stage::Deploy, &scope, work).await
+    }
+
+    /// What is not well before something is brought back. What an attempt that died has changed is not told from that.
+    async fn unwell_now(&self, scope: &Scope<'_>) -> StageResult<Vec<Unwell>> {
+        let store = &self.agent.store;
+        let is_first_look = store.touched(self.build.id).await?.is_empty()
+            && store.is_at_rest(&self.build.environment).await?;
+        match self.serving().await? {
+            Some(serving) if is_first_look => plan::unwell_now(scope, &serving).await,
+            _ => Ok(Vec::new()),
+        }
     }
 
     /// Looked at anew after every restart: what was true then may not be true now.
@@ -101,7 +119,7 @@ impl Line<'_> {
         let scope = self.unstopped(&log);
         // By the store: an object that an attempt before this one changed is unchanged to the next.
         let touched = self.agent.store.touched(self.build.id).await?;
-        let unwell = unchanged(&release.unwell, &touched);
+        let unwell = unchanged(&applied.unwell, &touched);
         let known = self.known(release, unwell).await?;
         let work = verify::run(&scope, release, applied, &known, Show::All);
         self.journaled(Stage::Verify, &scope, work).await
@@ -119,7 +137,8 @@ impl Line<'_> {
             let live = smoke_test::run(&scope, release, rolled_out, &mut evidence).await?;
             // What is brought back has served before.
             if !self.build.kind.brings_back() {
-                listening::run(&scope, release).await?;
+                let touched = self.agent.store.touched(self.build.id).await?;
+                listening::run(&scope, release, &touched).await?;
             }
             soak::run(&scope, release, &rolled_out.left, self.soaked_enough()).await?;
             Ok(live)
@@ -293,6 +312,7 @@ impl Line<'_> {
         Ok(Applied {
             release_id: release.id,
             objects,
+            unwell: release.unwell.clone(),
         })
     }
 
@@ -547,7 +567,7 @@ impl Line<'_> {
         };
         let applied = self.holding(scope, Some(goal), put_back).await?;
         // What was not well before the failed release is as good as it was, where it is no worse.
-        let known = self.known(goal, failed.unwell.clone()).await?;
+        let known = self.known(goal, self.unwell_before(failed).await?).await?;
         let rolled_out = verify::run(scope, goal, &applied, &known, Show::All).await?;
         // It has proved itself before, so that it is not soaked again.
         smoke_test::run(scope, goal, &rolled_out, &mut Vec::new()).await?;
@@ -732,14 +752,22 @@ impl Line<'_> {
         }
     }
 
+    /// What was not well before the release that failed. What was seen when it was planned says nothing of the day on which it
+    /// was brought back.
+    async fn unwell_before(&self, failed: &Release) -> anyhow::Result<Vec<Unwell>> {
+        if !self.build.kind.brings_back() {
+            return Ok(failed.unwell.clone());
+        }
+        let applied: Option<Applied> = self.baton(Stage::Deploy).await?;
+        Ok(applied.map_or_else(Vec::new, |applied| applied.unwell))
+    }
+
     async fn known(&self, release: &Release, unwell: Vec<Unwell>) -> anyhow::Result<Known> {
         let store = &self.agent.store;
         let millis = store.usual_rollout(&self.build.environment).await?;
         let usual = millis.and_then(|millis| u64::try_from(millis).ok());
-        // What was seen when a release was planned says nothing of the day on which it is brought back. And where no workload is
-        // well, nothing would prove it.
-        let counts =
-            !self.build.kind.brings_back() && unwell.len() < Target::serving(release).len();
+        // Where no workload is well, nothing would prove it.
+        let counts = unwell.len() < Target::serving(release).len();
         Ok(Known {
             usual: usual.map(Duration::from_millis),
             unwell: if counts { unwell } else { Vec::new() },

@@ -1,12 +1,14 @@
-//! Services that no smoke test asks: whether anybody listens where they lead.
+//! Services that a build has changed and no smoke test asks: whether anybody listens where they lead.
 //!
 //! A Service that selects nothing, and a named port that no container has, are found in the plan; where a number leads is
-//! known only to who connects. What counts is that the pod's kernel refuses every port of the Service: a port that is kept
-//! for later is told of and is no fault.
+//! known only to who connects. A Service that stood as it is before was as it is before: that is no release's fault.
 
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use k8s_openapi::api::core::v1::{Service, ServicePort};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
+use kube::api::ListParams;
 use serde_json::Value;
 use tokio::time::Instant;
 
@@ -14,62 +16,90 @@ use super::{Scope, StageError, StageResult};
 use crate::builds::Cause;
 use crate::cluster::Cluster;
 use crate::cluster::proxy::{self, Asked, Place};
-use crate::release::Release;
+use crate::release::{AppliedObject, Change, Release};
 
-/// The Service still leads to old pods for up to a second after the rollout, and who has just become ready may bind late.
-const REFUSED_FOR: Duration = Duration::from_secs(5);
-const PAUSE: Duration = Duration::from_millis(500);
+/// A program without a readiness probe may still be starting: as long as a smoke test waits where pipeline.yaml says nothing.
+const REFUSED_FOR: Duration = Duration::from_secs(30);
+const PAUSE: Duration = Duration::from_secs(1);
 
-/// Asks each such Service once; again only where it is refused.
-pub async fn run(scope: &Scope<'_>, release: &Release) -> StageResult<()> {
-    let unasked = unasked(release);
+/// Asks each such Service by a `GET /` at each of its TCP ports. Fails where all of them are refused for `REFUSED_FOR`.
+pub async fn run(
+    scope: &Scope<'_>,
+    release: &Release,
+    touched: &[AppliedObject],
+) -> StageResult<()> {
+    let unasked = unasked(release, touched);
     if unasked.is_empty() {
         return Ok(());
     }
     let cluster = scope.cluster().await?;
-    for service in unasked {
-        tokio::select! {
-            biased;
-            () = scope.cancel.cancelled() => return Err(StageError::Canceled),
-            checked = check(scope, &cluster, &service) => checked?,
-        }
+    let checks = unasked
+        .iter()
+        .map(|service| check(scope, &cluster, service));
+    tokio::select! {
+        biased;
+        () = scope.cancel.cancelled() => Err(StageError::Canceled),
+        checked = join_all(checks) => checked.into_iter().collect(),
     }
-    Ok(())
 }
 
 async fn check(scope: &Scope<'_>, cluster: &Cluster, service: &Service) -> StageResult<()> {
     let name = service.metadata.name.as_deref().unwrap_or_default();
-    let ports: Vec<&ServicePort> = tcp_ports(service).collect();
     let begun = Instant::now();
     loop {
-        let mut refused = Vec::new();
-        for port in &ports {
+        let (mut refused, mut unseen) = (Vec::new(), None);
+        let mut somebody_is_there = false;
+        for port in tcp_ports(service) {
             let place = Place::of_service_port(service, port);
             match proxy::get(cluster, &place, "/").await {
-                Asked::NobodyThere(why) if why.contains("connection refused") => {
+                Asked::NobodyThere(why) if is_the_pods_refusal(&why) => {
                     refused.push((port.port, why));
                 }
-                // Somebody is there, whatever they speak; or we cannot know.
-                _ => {}
-            }
-        }
-        let is_time_up = begun.elapsed() >= REFUSED_FOR;
-        match refused.first() {
-            None => return Ok(()),
-            Some((port, why)) if is_time_up && refused.len() == ports.len() => {
-                return Err(StageError::Failed(nobody_listens(name, *port, why)));
-            }
-            Some(_) if is_time_up => {
-                for (port, why) in &refused {
-                    scope.log.line(format!(
-                        "Note: nobody listens where port {port} of service/{name} leads: {why}"
-                    ));
+                Asked::Answered(_) | Asked::NobodyThere(_) => somebody_is_there = true,
+                Asked::Blind(why) | Asked::Unreached(why) | Asked::Forbidden(why) => {
+                    unseen = Some(why);
                 }
-                return Ok(());
+                Asked::NoEndpoints | Asked::Gone => unseen = Some("no pod is ready".to_owned()),
             }
-            Some(_) => tokio::time::sleep(PAUSE).await,
         }
+        if somebody_is_there {
+            for (port, why) in &refused {
+                scope.log.line(format!(
+                    "Note: nobody listens where port {port} of service/{name} leads: {why}"
+                ));
+            }
+            return Ok(());
+        }
+        if begun.elapsed() < REFUSED_FOR {
+            tokio::time::sleep(PAUSE).await;
+            continue;
+        }
+        return match (unseen, refused.first()) {
+            (None, Some((port, why))) if !may_be_a_policy(cluster).await => {
+                Err(StageError::Failed(nobody_listens(name, *port, why)))
+            }
+            (unseen, refused) => {
+                let why = unseen.or(refused.map(|(_, why)| why.clone()));
+                scope.log.line(format!(
+                    "Note: whether somebody listens where service/{name} leads could not be seen: {}",
+                    why.unwrap_or_default()
+                ));
+                Ok(())
+            }
+        };
     }
+}
+
+/// Not that of a proxy between the API server and its nodes.
+fn is_the_pods_refusal(why: &str) -> bool {
+    why.contains("dial tcp") && why.contains("connection refused") && !why.contains("proxy")
+}
+
+/// Some network plugins reject what a NetworkPolicy forbids, which looks the same from afar.
+async fn may_be_a_policy(cluster: &Cluster) -> bool {
+    let few = ListParams::default().limit(1);
+    let policies = cluster.api::<NetworkPolicy>().list(&few).await;
+    policies.map_or(true, |policies| !policies.items.is_empty())
 }
 
 fn nobody_listens(service: &str, port: i32, why: &str) -> Cause {
@@ -88,9 +118,17 @@ fn tcp_ports(service: &Service) -> impl Iterator<Item = &ServicePort> {
         .filter(|port| port.protocol.as_deref().is_none_or(|it| it == "TCP"))
 }
 
-/// Services of the release that lead to pods of its own workloads by an address of their own. One without an address
+/// Services that the build has made or changed, and that lead to pods of its own workloads by an address of their own. One without an address
 /// (`clusterIP: None`) only gives names to pods, and its port is often made up.
-fn unasked(release: &Release) -> Vec<Service> {
+fn unasked(release: &Release, touched: &[AppliedObject]) -> Vec<Service> {
+    let is_changed = |object: &Value| {
+        let mut touched = touched.iter();
+        touched.any(|it| {
+            it.kind == "Service"
+                && it.change != Change::Unchanged
+                && object["metadata"]["name"] == it.name.as_str()
+        })
+    };
     let asked = |service: &Service| {
         let name = service.metadata.name.as_deref();
         let mut tests = release.smoke_tests.iter();
@@ -112,7 +150,7 @@ fn unasked(release: &Release) -> Vec<Service> {
     release
         .objects
         .iter()
-        .filter(|object| object["kind"] == "Service")
+        .filter(|object| object["kind"] == "Service" && is_changed(object))
         .filter_map(|object| serde_json::from_value::<Service>(object.clone()).ok())
         .filter(|service| !asked(service) && leads_to_ours(service))
         .filter(|service| tcp_ports(service).next().is_some())
@@ -163,7 +201,26 @@ mod tests {
     }
 
     #[test]
-    fn only_services_with_an_address_that_lead_to_our_own_pods_are_asked() {
+    fn a_refusal_is_the_pods_own_or_counts_for_nothing() {
+        for (why, counts) in [
+            ("dial tcp 10.1.2.3:9999: connect: connection refused", true),
+            ("dial tcp [fd00::7]:9999: connect: connection refused", true),
+            (
+                "proxy error: dial tcp 10.0.0.9:8090: connect: connection refused",
+                false,
+            ),
+            (
+                "dial unix /run/konnectivity: connect: connection refused",
+                false,
+            ),
+            ("EOF", false),
+        ] {
+            assert_eq!(is_the_pods_refusal(why), counts, "{why}");
+        }
+    }
+
+    #[test]
+    fn only_changed_services_with_an_address_that_lead_to_our_own_pods_are_asked() {
         let service = |name: &str, spec: Value| json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": spec});
         let (web, port) = (json!({"app": "web"}), json!([{"port": 80}]));
         let deployment = json!({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "web"},
@@ -175,6 +232,7 @@ mod tests {
             none_wanted,
             service("plain", json!({"selector": web, "ports": port})),
             service("asked", json!({"selector": web, "ports": port})),
+            service("as-before", json!({"selector": web, "ports": port})),
             service("idle", json!({"selector": {"app": "idle"}, "ports": port})),
             service(
                 "another",
@@ -190,7 +248,22 @@ mod tests {
                 json!({"selector": web, "ports": [{"port": 53, "protocol": "UDP"}]}),
             ),
         ];
-        let unasked = unasked(&release(objects));
+        let touched: Vec<AppliedObject> = objects
+            .iter()
+            .map(|object| AppliedObject {
+                api_version: String::new(),
+                kind: object["kind"].as_str().unwrap().to_owned(),
+                namespace: "hello".to_owned(),
+                name: object["metadata"]["name"].as_str().unwrap().to_owned(),
+                uid: String::new(),
+                generation: 0,
+                change: match object["metadata"]["name"] == "as-before" {
+                    true => Change::Unchanged,
+                    false => Change::Changed,
+                },
+            })
+            .collect();
+        let unasked = unasked(&release(objects), &touched);
         let names: Vec<_> = unasked
             .iter()
             .map(|service| service.metadata.name.as_deref().unwrap())

@@ -32,7 +32,7 @@ use crate::builds::{Build, Cause};
 use crate::cluster::Cluster;
 use crate::config::{Docker, Environment};
 use crate::pipeline::Pipeline;
-use crate::release::AppliedObject;
+use crate::release::{AppliedObject, Unwell};
 
 /// What every stage is given.
 #[derive(Clone, Copy)]
@@ -184,6 +184,9 @@ pub struct Tested {
 pub struct Applied {
     pub release_id: i64,
     pub objects: Vec<AppliedObject>,
+    /// What of the serving release was not well before anything was changed.
+    #[serde(default)]
+    pub unwell: Vec<Unwell>,
 }
 
 impl Applied {

@@ -99,7 +99,13 @@ pub async fn run(
     let found = match &ground.serving {
         Some(serving) => {
             if ground.is_at_rest {
-                let look = unwell(scope, &cluster, serving, &live);
+                let lacks = |target: &Watched| {
+                    let is_it = |live: &&Value| {
+                        Kind::of(kind(live)) == Some(target.kind) && name(live) == target.name
+                    };
+                    live.iter().find(is_it).is_some_and(lacks_pods)
+                };
+                let look = unwell(scope, &cluster, serving, lacks);
                 release.unwell = limited(scope, "the plan", LIMIT, look).await?;
             }
             None
@@ -134,21 +140,27 @@ pub async fn review(
     Ok(live)
 }
 
-/// Which workloads of the release that serves are not well already.
+/// Which workloads of the release that serves are not well already; before anything is brought back, for which nothing is
+/// planned anew.
+pub async fn unwell_now(scope: &Scope<'_>, serving: &Release) -> StageResult<Vec<Unwell>> {
+    let cluster = scope.cluster().await?;
+    let look = unwell(scope, &cluster, serving, |_| true);
+    limited(scope, "the look at what serves", LIMIT, look).await
+}
+
+/// Of those that may lack pods.
 async fn unwell(
     scope: &Scope<'_>,
     cluster: &Cluster,
     serving: &Release,
-    live: &[Value],
+    lacks: impl Fn(&Watched) -> bool,
 ) -> StageResult<Vec<Unwell>> {
     let mut unwell = Vec::new();
     for target in Watched::serving(serving) {
-        let is_it =
-            |live: &&Value| Kind::of(kind(live)) == Some(target.kind) && name(live) == target.name;
         let Some(template) = &target.release else {
             continue;
         };
-        if !live.iter().find(is_it).is_some_and(lacks_pods) {
+        if !lacks(&target) {
             continue;
         }
         let look = || async { Observer::new(cluster).snapshot(&target).await };

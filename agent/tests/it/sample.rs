@@ -92,6 +92,7 @@ impl Demo {
             .args(arguments)
             .env("LANDFALL_STATE", self.state.path())
             .env("DEMO_CLUSTER", "landfall-test")
+            .env("CLUSTER_KEPT", "1")
             .env("AGENT_PORT", self.ports[0].to_string())
             .env("GIT_PORT", self.ports[1].to_string())
             .stdin(Stdio::null());
@@ -116,9 +117,18 @@ impl Demo {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let lines = BufReader::new(child.stderr.take().unwrap()).lines();
-        let found = lines.map_while(Result::ok).find(|line| line.contains(word));
-        assert!(found.is_some(), "dev/demo never said {word:?}");
+        // Kept to the end: who writes where nobody reads would die of that.
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let mut said = Vec::new();
+        for line in lines.by_ref().map_while(Result::ok) {
+            let is_it = line.contains(word);
+            said.push(line);
+            if is_it {
+                break;
+            }
+        }
+        let last = said.last();
+        assert!(last.is_some_and(|line| line.contains(word)), "{said:#?}");
         let group = format!("-{}", child.id());
         let sent = Command::new("kill").args(["-INT", "--", &group]).status();
         assert!(sent.unwrap().success());
@@ -245,22 +255,18 @@ async fn the_demos_own_line_takes_a_changed_greeting_live() {
 
 /// From another pod, by the name that the cluster's DNS knows.
 fn is_reached_by_name() {
+    let k = |arguments: &[&str]| kubectl(&[&["-n", "hello-axum"], arguments].concat());
     let image = format!("--image={}", crate::support::busybox());
-    let asked = kubectl(&[
-        "-n",
-        "hello-axum",
-        "run",
-        "asks-by-name",
-        "--rm",
-        "-iq",
-        "--restart=Never",
-        &image,
-        "--command",
-        "--",
-        "wget",
-        "-qO-",
-        "http://hello-axum",
+    let asks = ["--command", "--", "wget", "-qO-", "http://hello-axum"];
+    k(&[&["run", "asks", "--restart=Never", &image], &asks[..]].concat());
+    k(&[
+        "wait",
+        "--for=jsonpath={.status.phase}=Succeeded",
+        "--timeout=60s",
+        "pod/asks",
     ]);
+    let asked = k(&["logs", "pod/asks"]);
+    k(&["delete", "pod/asks", "--wait=false"]);
     assert!(asked.contains("Hello, World!"), "{asked}");
 }
 

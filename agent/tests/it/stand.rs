@@ -86,6 +86,7 @@ impl Stand {
                 .iter()
                 .map(|object| self.applied(object))
                 .collect(),
+            unwell: Vec::new(),
         }
     }
 
@@ -159,7 +160,9 @@ impl Stand {
     /// Whether somebody listens where each Service leads that no smoke test asks.
     pub async fn listens(&self) -> StageResult<()> {
         let log = self.log.stage(Stage::SmokeTest);
-        listening::run(&self.scope(&log), &self.release).await
+        let objects = self.release.objects.iter();
+        let touched: Vec<_> = objects.map(|object| self.applied(object)).collect();
+        listening::run(&self.scope(&log), &self.release, &touched).await
     }
 
     /// Does this to the namespace as soon as the log says these words; what was logged until then is lost to `log`.

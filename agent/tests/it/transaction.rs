@@ -792,6 +792,13 @@ async fn what_failed_before_a_release_is_not_held_against_it_while_it_stays_the_
     let build = ends(&mut landfall, &[DIES], ("failed", "rolled_back")).await;
     assert_eq!(build["cause"]["object"], "deployment/hello");
 
+    // Nor does it keep anybody from going back, and forward again.
+    for way in ["undo", "redo"] {
+        let (code, said) = landfall.run_command(&[way, "hello"]);
+        assert_eq!(code, Some(0), "{way}: {said}");
+    }
+    assert_eq!(landfall.served("/index.html").trim(), "Hello again");
+
     // What the release itself changes is its own.
     let good = ("start.sh", "exec httpd -f -p 5000 -h /www");
     let build = ends(
