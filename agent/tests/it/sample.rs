@@ -87,8 +87,11 @@ impl Demo {
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(format!("{ROOT}/dev/demo"));
+        // Whoever was started in the background ignores Ctrl-C, and a shell cannot change that.
+        let mut command = Command::new("env");
         command
+            .arg("--default-signal=INT")
+            .arg(format!("{ROOT}/dev/demo"))
             .args(arguments)
             .env("LANDFALL_STATE", self.state.path())
             .env("DEMO_CLUSTER", "landfall-test")
