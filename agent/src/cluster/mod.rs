@@ -337,13 +337,13 @@ impl Patience<'_> {
     }
 }
 
-/// In the server's own words; or the network's, and not what each layer between adds. Of a kubeconfig's own command not what
-/// it printed, which may hold a token.
+/// In the server's own words; or the network's, and not what each layer between adds. Of a kubeconfig's own command neither
+/// what it was given nor what it printed: both may hold a secret.
 fn plain(error: kube::Error) -> anyhow::Error {
     match error {
         kube::Error::Api(status) => anyhow!("{}", status.message),
-        kube::Error::Auth(kube::client::AuthError::AuthExecRun { cmd, out, .. }) => {
-            anyhow!("the kubeconfig's own command failed: {cmd}: {}", out.status)
+        kube::Error::Auth(kube::client::AuthError::AuthExecRun { out, .. }) => {
+            anyhow!("the kubeconfig's own command failed: {}", out.status)
         }
         error => {
             let error = anyhow::Error::new(error);

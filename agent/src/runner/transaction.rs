@@ -26,6 +26,8 @@ use crate::stages::{
 };
 use crate::store::Unsealable;
 
+/// Of what serves, before something is brought back.
+const LOOK_LIMIT: Duration = Duration::from_secs(15);
 const SOAK_ASKED_EVERY: Duration = Duration::from_secs(1);
 /// How often the environment is claimed for one piece of work: each agent that wakes can disturb it once.
 const HOLDS_MAX: u32 = 3;
@@ -89,7 +91,7 @@ impl Line<'_> {
         };
         let work = async {
             let unwell = match way {
-                Way::Back => self.unwell_now(&scope).await?,
+                Way::Back => self.unwell_now(&scope).await,
                 _ => release.unwell.clone(),
             };
             let applied = self.apply(&scope, release, way).await?;
@@ -98,14 +100,29 @@ impl Line<'_> {
         self.journaled(Stage::Deploy, &scope, work).await
     }
 
-    /// What is not well before something is brought back. What an attempt that died has changed is not told from that.
-    async fn unwell_now(&self, scope: &Scope<'_>) -> StageResult<Vec<Unwell>> {
+    /// What is not well before something is brought back. What an attempt that died has changed is not told from that. Nobody is
+    /// kept from going back by a look that does not come about.
+    async fn unwell_now(&self, scope: &Scope<'_>) -> Vec<Unwell> {
         let store = &self.agent.store;
-        let is_first_look = store.touched(self.build.id).await?.is_empty()
-            && store.is_at_rest(&self.build.environment).await?;
-        match self.serving().await? {
-            Some(serving) if is_first_look => plan::unwell_now(scope, &serving).await,
-            _ => Ok(Vec::new()),
+        let look = async {
+            let is_first_look = store.touched(self.build.id).await?.is_empty()
+                && store.is_at_rest(&self.build.environment).await?;
+            if !is_first_look {
+                return Ok(Vec::new());
+            }
+            match self.serving().await? {
+                Some(serving) => plan::unwell_now(scope, &serving).await,
+                None => Ok(Vec::new()),
+            }
+        };
+        match tokio::time::timeout(LOOK_LIMIT, Box::pin(look)).await {
+            Ok(Ok(unwell)) => unwell,
+            Ok(Err(_)) | Err(_) => {
+                scope
+                    .log
+                    .line("What was not well before could not be seen: going on without it");
+                Vec::new()
+            }
         }
     }
 
@@ -119,7 +136,11 @@ impl Line<'_> {
         let scope = self.unstopped(&log);
         // By the store: an object that an attempt before this one changed is unchanged to the next.
         let touched = self.agent.store.touched(self.build.id).await?;
-        let unwell = unchanged(&applied.unwell, &touched);
+        let before = match self.build.kind.brings_back() {
+            true => &applied.unwell,
+            false => &release.unwell,
+        };
+        let unwell = unchanged(before, &touched);
         let known = self.known(release, unwell).await?;
         let work = verify::run(&scope, release, applied, &known, Show::All);
         self.journaled(Stage::Verify, &scope, work).await
