@@ -4,6 +4,7 @@
 //! done and what its baton names still exists, so a fresh build and a resumed one are the same function and no stage knows
 //! of crashes. Never calls GitHub, never answers a request.
 
+mod rollback;
 mod transaction;
 
 use std::path::{Path, PathBuf};
@@ -29,7 +30,7 @@ use crate::stages::{
     Built, CheckedOut, Scope, StageError, StageResult, Tested, checkout, image, test,
 };
 use crate::store::{Pin, Store, make_private_dir};
-use transaction::Earlier;
+use rollback::Earlier;
 
 /// A build that kills its agent again and again in one stage must not do so for ever.
 const LOSSES_MAX: i64 = 3;

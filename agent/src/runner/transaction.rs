@@ -1,22 +1,16 @@
 //! The release transaction: from the plan on, a release ends proved live, or what served before is back and proved too.
 //!
-//! The line forward: plan → its row → apply → verify → smoke test → live → prune. The line back: the cause → evidence →
-//! the last good set again → what the failed one made is removed → verify → smoke test. What could not be seen is neither:
-//! the build ends as errored, and the environment is settled before anything else.
+//! The line forward: plan → its row → apply → verify → smoke test → live → prune. The line back is in `rollback`.
 
 use std::sync::PoisonError;
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-
-use super::{Ended, Line};
-use crate::builds::{BuildKind, Cause, Outcome, Stage, StageStatus, Status};
+use super::Line;
+use crate::builds::Stage;
 use crate::cluster::availability::{self, Availability};
-use crate::cluster::evidence;
 use crate::cluster::lease::{Held, LeaseTaken};
 use crate::cluster::snapshot::Target;
-use crate::pipeline::{FirstRelease, Rollback};
-use crate::release::{AppliedObject, Change, Evidence, Release, Unwell};
+use crate::release::{AppliedObject, Change, Release, Unwell};
 use crate::stages::deploy::{self, Applying, KnownJobs, Way};
 use crate::stages::plan::{self, Ground, Plan};
 use crate::stages::verify::{Known, Show};
@@ -24,7 +18,6 @@ use crate::stages::{
     Applied, Built, CheckedOut, Live, RolledOut, Scope, StageError, StageResult, listening,
     removal, smoke_test, soak, verify,
 };
-use crate::store::Unsealable;
 
 /// Of what serves, before something is brought back.
 const LOOK_LIMIT: Duration = Duration::from_secs(15);
@@ -32,20 +25,6 @@ const SOAK_ASKED_EVERY: Duration = Duration::from_secs(1);
 /// How often the environment is claimed for one piece of work: each agent that wakes can disturb it once.
 const HOLDS_MAX: u32 = 3;
 
-/// Rollback's baton.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct PutBack {
-    /// None where what the failed release had made was removed, and nothing was there before.
-    release_id: Option<i64>,
-}
-
-/// What an earlier attempt's rollback came to.
-pub(super) enum Earlier {
-    Begun(Cause),
-    Ended(Ended),
-}
-
-/// Forward.
 impl Line<'_> {
     /// Plan, then the last moment to stop, then the release's row, then the first mutation.
     pub(super) async fn deploy(
@@ -90,9 +69,9 @@ impl Line<'_> {
             Way::Forward
         };
         let work = async {
-            let unwell = match way {
-                Way::Back => self.unwell_now(&scope).await,
-                _ => release.unwell.clone(),
+            let unwell = match way.is_back() {
+                true => self.unwell_now(&scope).await,
+                false => Vec::new(),
             };
             let applied = self.apply(&scope, release, way).await?;
             Ok(Applied { unwell, ..applied })
@@ -136,11 +115,7 @@ impl Line<'_> {
         let scope = self.unstopped(&log);
         // By the store: an object that an attempt before this one changed is unchanged to the next.
         let touched = self.agent.store.touched(self.build.id).await?;
-        let before = match self.build.kind.brings_back() {
-            true => &applied.unwell,
-            false => &release.unwell,
-        };
-        let unwell = unchanged(before, &touched);
+        let unwell = unchanged(&self.unwell_before(release).await?, &touched);
         let known = self.known(release, unwell).await?;
         let work = verify::run(&scope, release, applied, &known, Show::All);
         self.journaled(Stage::Verify, &scope, work).await
@@ -264,13 +239,13 @@ impl Line<'_> {
         self.availability.get_or_init(|| Box::pin(begin)).await;
     }
 
-    fn availability(&self) -> Option<Availability> {
+    pub(super) fn availability(&self) -> Option<Availability> {
         Some(self.availability.get()?.as_ref()?.so_far())
     }
 
     /// Works under the environment's next fence. An agent that lost the environment while it slept may have claimed the Lease
     /// too, before the store told it so: whoever has the store's word claims it anew, and does the same again.
-    async fn holding<T>(
+    pub(super) async fn holding<T>(
         &self,
         scope: &Scope<'_>,
         release: Option<&Release>,
@@ -301,7 +276,7 @@ impl Line<'_> {
         Ok(held)
     }
 
-    async fn apply_held(
+    pub(super) async fn apply_held(
         &self,
         scope: &Scope<'_>,
         held: &Held,
@@ -333,7 +308,7 @@ impl Line<'_> {
         Ok(Applied {
             release_id: release.id,
             objects,
-            unwell: release.unwell.clone(),
+            unwell: Vec::new(),
         })
     }
 
@@ -359,431 +334,41 @@ impl Line<'_> {
     }
 }
 
-/// Back.
+/// What the store knows.
 impl Line<'_> {
-    /// What becomes of a build that cannot go on. None: the agent stops in the middle of a rollback, and the next one
-    /// finishes it.
-    pub(super) async fn failed(&self, error: StageError) -> Option<Ended> {
-        let (status, cause) = match error {
-            StageError::Failed(cause)
-                if cause.id == "commit_gone" && self.build.kind == BuildKind::Push =>
-            {
-                (Status::Skipped, cause)
-            }
-            StageError::Failed(cause) | StageError::TimedOut(cause) => (Status::Failed, cause),
-            StageError::Canceled => (
-                Status::Canceled,
-                Cause::new("canceled", "somebody canceled it"),
-            ),
-            StageError::Agent(error) => {
-                let error = format!("{error:#}");
-                tracing::warn!(build = self.build.id, error, "build errored");
-                (Status::Errored, Cause::new("agent", error))
-            }
-        };
-        // It leaves the log, and may hold what a program of ours said last.
-        let cause = super::masked(&self.log.stage(Stage::Rollback), cause);
-        match self.aftermath(status, cause).await {
-            Ok(ended) => ended,
-            Err(error) => {
-                // The store could not be asked or told: the queue takes the build up again.
-                tracing::error!(
-                    build = self.build.id,
-                    error = format!("{error:#}"),
-                    "cannot go on with a failed build"
-                );
-                None
-            }
-        }
-    }
-
-    async fn aftermath(&self, status: Status, cause: Cause) -> anyhow::Result<Option<Ended>> {
-        let store = &self.agent.store;
-        // Who lost the build while it slept has nothing to say of how it ended.
-        store.ensure_held(self.build).await?;
-        let ended = |outcome, cause| {
-            Some(Ended {
-                status,
-                outcome,
-                cause: Some(cause),
-            })
-        };
-        let planned = match self.planned().await {
-            Err(error) if error.chain().any(|cause| cause.is::<Unsealable>()) => {
-                // No retry helps, and a build that never ends would hold the environment for ever.
-                store.set_unsettled(self.build, true).await?;
-                let cause = Cause::new("agent", format!("{error:#}"));
-                return Ok(Some(Ended {
-                    status: Status::Errored,
-                    outcome: Outcome::Unknown,
-                    cause: Some(cause),
-                }));
-            }
-            planned => planned?,
-        };
-        let Some(release) = planned else {
-            return Ok(ended(Outcome::Unchanged, cause));
-        };
-        let touched: Vec<AppliedObject> = store.touched(self.build.id).await?;
-        if status == Status::Errored {
-            // Blind is not failed: what stands is found out before the next release.
-            let begun = self.stage_begun(Stage::Deploy).await?;
-            if begun {
-                store.set_unsettled(self.build, true).await?;
-            }
-            let outcome = if begun {
-                Outcome::Unknown
-            } else {
-                Outcome::Unchanged
-            };
-            return Ok(ended(outcome, cause));
-        }
-        let is_unchanged = touched
-            .iter()
-            .all(|object| object.change == Change::Unchanged);
-        // Where nothing was changed, the commit may well be the one that serves.
-        let is_at_fault = !is_unchanged && !self.build.kind.brings_back();
-        store
-            .release_failed(self.build, &release, &cause.sentence, is_at_fault)
-            .await?;
-        if is_unchanged {
-            return Ok(ended(Outcome::Unchanged, cause));
-        }
-        if release.rollback == Rollback::Never {
-            let by_hand = deploy::undo_hint(&release.namespace, &touched);
-            let whole = self.serving().await?.map(|serving| {
-                let environment = &self.build.environment;
-                format!(
-                    "the last good release, whole: landfall undo {environment} --to {}",
-                    serving.id
-                )
-            });
-            let cause = with_hint(with_hint(cause, by_hand), whole);
-            return Ok(ended(Outcome::LeftFailed, cause));
-        }
-        store.set_cause(self.build, &cause).await?;
-        self.roll_back(&release, &touched, status, cause).await
-    }
-
-    async fn roll_back(
-        &self,
-        failed: &Release,
-        touched: &[AppliedObject],
-        status: Status,
-        cause: Cause,
-    ) -> anyhow::Result<Option<Ended>> {
-        let store = &self.agent.store;
-        let log = self.log.stage(Stage::Rollback);
-        let scope = self.unstopped(&log);
-        let serving = self.serving().await?;
-        let is_first = serving.is_none();
-        let goal = match serving {
-            Some(release) if release.id != failed.id => Some(release),
-            Some(_) => None,
-            None => self.adopted().await?,
-        };
-        let ended = |outcome, cause| {
-            Some(Ended {
-                status,
-                outcome,
-                cause: Some(cause),
-            })
-        };
-        let by_hand = deploy::undo_hint(&failed.namespace, touched);
-        let stays = !is_first || failed.first_release == FirstRelease::Leave;
-        if goal.is_none() && stays {
-            self.keep_evidence(&scope, failed, touched).await;
-            return Ok(ended(Outcome::LeftFailed, with_hint(cause, by_hand)));
-        }
-        log.line(format!("Cause: {}", cause.sentence));
-        let work = async {
-            self.keep_evidence(&scope, failed, touched).await;
-            self.put_back(&scope, failed, touched, goal.as_ref()).await
-        };
-        match self.journaled(Stage::Rollback, &scope, work).await {
-            Ok(PutBack {
-                release_id: Some(id),
-            }) => {
-                store.set_restored(self.build, id).await?;
-                store.set_unsettled(self.build, false).await?;
-                // The pod that a hint would lead to is gone by now.
-                let hint = cause
-                    .hint
-                    .clone()
-                    .filter(|hint| !hint.contains("kubectl logs"));
-                let lost = self
-                    .availability()
-                    .map_or(String::new(), |availability| format!(", {availability}"));
-                let back = format!(
-                    "release {id} is back and verified{lost}; what failed is kept with this build as evidence"
-                );
-                let cause = Cause { hint, ..cause };
-                Ok(ended(Outcome::RolledBack, with_hint(cause, Some(back))))
-            }
-            Ok(PutBack { release_id: None }) => {
-                let removed = "nothing was there before: what it had made is removed".to_owned();
-                Ok(ended(Outcome::Removed, with_hint(cause, Some(removed))))
-            }
-            Err(StageError::Canceled) => Ok(None),
-            Err(error) => {
-                let why = error.sentence();
-                log.line(format!("The rollback failed: {why}"));
-                store.set_unsettled(self.build, true).await?;
-                if let StageError::Agent(_) = error {
-                    // Not seen is not failed.
-                    let hint = format!(
-                        "the way back was lost from sight ({why}); the next build goes it to the end first"
-                    );
-                    let cause = with_hint(cause, Some(hint));
-                    return Ok(Some(Ended {
-                        status: Status::Errored,
-                        outcome: Outcome::Unknown,
-                        cause: Some(cause),
-                    }));
-                }
-                Ok(ended(
-                    Outcome::RollbackFailed,
-                    with_hint(
-                        cause,
-                        Some(rollback_hint(
-                            &self.build.environment,
-                            goal.as_ref(),
-                            &why,
-                            by_hand,
-                        )),
-                    ),
-                ))
-            }
-        }
-    }
-
-    /// The goal's whole set again, without what the failed release had made, verified and smoke-tested.
-    async fn put_back(
-        &self,
-        scope: &Scope<'_>,
-        failed: &Release,
-        touched: &[AppliedObject],
-        goal: Option<&Release>,
-    ) -> StageResult<PutBack> {
-        let left_over = removal::left_over(touched, goal);
-        let Some(goal) = goal else {
-            scope.log.line("Removing what the failed release had made");
-            let remove = async |held: Held| {
-                self.end_jobs(scope, &held, touched).await?;
-                self.remove(scope, &held, &left_over).await
-            };
-            self.holding(scope, None, remove).await?;
-            return Ok(PutBack { release_id: None });
-        };
-        scope
-            .log
-            .line(format!("Putting back release {}", describe(goal)));
-        let (autoscalers, others) = removal::autoscalers_first(left_over);
-        let put_back = async |held: Held| {
-            self.end_jobs(scope, &held, touched).await?;
-            self.remove(scope, &held, &autoscalers).await?;
-            let applied = self.apply_held(scope, &held, goal, Way::Rescue).await?;
-            self.remove(scope, &held, &others).await?;
-            Ok(applied)
-        };
-        let applied = self.holding(scope, Some(goal), put_back).await?;
-        // What was not well before the failed release is as good as it was, where it is no worse.
-        let known = self.known(goal, self.unwell_before(failed).await?).await?;
-        let rolled_out = verify::run(scope, goal, &applied, &known, Show::All).await?;
-        // It has proved itself before, so that it is not soaked again.
-        smoke_test::run(scope, goal, &rolled_out, &mut Vec::new()).await?;
-        let but = match rolled_out.left.as_slice() {
-            [] => String::new(),
-            left => format!("; not well, as before: {}", left.join(", ")),
-        };
-        scope
-            .log
-            .line(format!("Release {} is back and verified{but}", goal.id));
-        Ok(PutBack {
-            release_id: Some(goal.id),
-        })
-    }
-
-    async fn remove(
-        &self,
-        scope: &Scope<'_>,
-        held: &Held,
-        objects: &[AppliedObject],
-    ) -> StageResult<()> {
-        self.note_removed(removal::run(scope, held, objects).await?)
-            .await
-    }
-
-    async fn end_jobs(
-        &self,
-        scope: &Scope<'_>,
-        held: &Held,
-        failed: &[AppliedObject],
-    ) -> StageResult<()> {
-        self.note_removed(removal::end_jobs(scope, held, failed).await?)
-            .await
-    }
-
-    async fn note_removed(&self, uids: Vec<String>) -> StageResult<()> {
-        for uid in uids {
-            self.agent.store.record_removed(&uid).await?;
-        }
-        Ok(())
-    }
-
-    /// What an earlier build left in an unknown state is put right before anything new: the last good release again.
-    async fn settle(&self, scope: &Scope<'_>) -> StageResult<()> {
-        let store = &self.agent.store;
-        let environment = &self.build.environment;
-        if !store.is_unsettled(environment).await? {
-            return Ok(());
-        }
-        let goal = match self.serving().await? {
-            Some(release) => Some(release),
-            None => self.adopted().await?,
-        };
-        let Some(goal) = goal else {
-            return Ok(());
-        };
-        scope.log.line(format!(
-            "An earlier build lost sight of the cluster or could not be put back: release {} is applied again first",
-            goal.id
-        ));
-        // What stands there beside it was created by releases after it, none of which is live.
-        let created = store.created(environment).await?;
-        let later: Vec<AppliedObject> = created
-            .into_iter()
-            .filter(|(release, _)| *release > goal.id)
-            .map(|(_, object)| object)
-            .collect();
-        let left_over = removal::left_over(&later, Some(&goal));
-        let settle = async |held: Held| {
-            match self.apply_held(scope, &held, &goal, Way::Back).await {
-                Err(StageError::Failed(cause)) => return Ok(Some(cause)),
-                applied => applied?,
-            };
-            self.remove(scope, &held, &left_over).await?;
-            Ok(None)
-        };
-        if let Some(cause) = self.holding(scope, Some(&goal), settle).await? {
-            // It cannot be had any more; the new release may mend what stands.
-            scope.log.line(format!(
-                "It cannot be applied again, going on without it: {}",
-                cause.sentence
-            ));
-            return Ok(());
-        }
-        store.set_unsettled(self.build, false).await?;
-        Ok(())
-    }
-
-    async fn keep_evidence(&self, scope: &Scope<'_>, failed: &Release, touched: &[AppliedObject]) {
-        let kept = async {
-            if !self.agent.store.evidence(self.build.id).await?.is_empty() {
-                // An earlier attempt has kept it; by now the way back may have begun.
-                return anyhow::Ok(0);
-            }
-            let cluster = crate::cluster::Cluster::connect(self.environment).await?;
-            let collected = evidence::collect(&cluster, &Target::applied(failed, touched)).await;
-            let masked = |text: &str| scope.log.masked(text);
-            let requests =
-                std::mem::take(&mut *self.requests.lock().unwrap_or_else(PoisonError::into_inner));
-            let evidence: Vec<Evidence> = requests
-                .iter()
-                .chain(&collected)
-                .map(|one| Evidence {
-                    title: masked(&one.title),
-                    body: masked(&one.body),
-                })
-                .collect();
-            self.agent
-                .store
-                .keep_evidence(self.build, &evidence)
-                .await?;
-            anyhow::Ok(evidence.len())
-        };
-        match kept.await {
-            Ok(0) => {}
-            Ok(count) => scope.log.line(format!(
-                "Kept as evidence: {count} objects, logs and answers"
-            )),
-            Err(error) => {
-                tracing::warn!(
-                    build = self.build.id,
-                    error = format!("{error:#}"),
-                    "cannot keep evidence"
-                );
-                scope
-                    .log
-                    .line("The evidence cannot be kept; the log of this build has what was seen.");
-            }
-        }
-    }
-
-    /// A rollback that an earlier attempt began, and what it came to.
-    pub(super) async fn earlier_rollback(&self) -> anyhow::Result<Option<Earlier>> {
-        let stages = self.agent.store.stages(self.build.id).await?;
-        let row = stages.iter().find(|row| row.stage == Stage::Rollback);
-        let (Some(row), Some(cause)) = (row, self.build.cause.clone()) else {
-            return Ok(None);
-        };
-        let outcome = match row.status {
-            StageStatus::Running | StageStatus::Canceled => return Ok(Some(Earlier::Begun(cause))),
-            StageStatus::Passed => {
-                let put_back: Option<PutBack> = self.baton(Stage::Rollback).await?;
-                match put_back.and_then(|put_back| put_back.release_id) {
-                    Some(id) => {
-                        self.agent.store.set_restored(self.build, id).await?;
-                        Outcome::RolledBack
-                    }
-                    None => Outcome::Removed,
-                }
-            }
-            StageStatus::Failed => Outcome::RollbackFailed,
-            StageStatus::Errored => Outcome::Unknown,
-        };
-        let status = match outcome {
-            Outcome::Unknown => Status::Errored,
-            _ => Status::Failed,
-        };
-        let is_lost = matches!(outcome, Outcome::RollbackFailed | Outcome::Unknown);
-        self.agent.store.set_unsettled(self.build, is_lost).await?;
-        Ok(Some(Earlier::Ended(Ended {
-            status,
-            outcome,
-            cause: Some(cause),
-        })))
-    }
-
     async fn planned_id(&self) -> anyhow::Result<Option<i64>> {
         let build = self.agent.store.build(self.build.id).await?;
         Ok(build.and_then(|build| build.release_id))
     }
 
-    async fn stage_begun(&self, stage: Stage) -> anyhow::Result<bool> {
+    pub(super) async fn stage_begun(&self, stage: Stage) -> anyhow::Result<bool> {
         let stages = self.agent.store.stages(self.build.id).await?;
         Ok(stages.iter().any(|row| row.stage == stage))
     }
 
     /// The release that serves by our own word.
-    async fn serving(&self) -> anyhow::Result<Option<Release>> {
+    pub(super) async fn serving(&self) -> anyhow::Result<Option<Release>> {
         match self.agent.store.deployed(&self.build.environment).await?.1 {
             Some(id) => self.stored_release(id).await.map(Some),
             None => Ok(None),
         }
     }
 
-    /// What was not well before the release that failed. What was seen when it was planned says nothing of the day on which it
-    /// was brought back.
-    async fn unwell_before(&self, failed: &Release) -> anyhow::Result<Vec<Unwell>> {
+    /// What was not well before this build's release was applied. What was seen when a release was planned says nothing of the
+    /// day on which it is brought back.
+    pub(super) async fn unwell_before(&self, release: &Release) -> anyhow::Result<Vec<Unwell>> {
         if !self.build.kind.brings_back() {
-            return Ok(failed.unwell.clone());
+            return Ok(release.unwell.clone());
         }
         let applied: Option<Applied> = self.baton(Stage::Deploy).await?;
         Ok(applied.map_or_else(Vec::new, |applied| applied.unwell))
     }
 
-    async fn known(&self, release: &Release, unwell: Vec<Unwell>) -> anyhow::Result<Known> {
+    pub(super) async fn known(
+        &self,
+        release: &Release,
+        unwell: Vec<Unwell>,
+    ) -> anyhow::Result<Known> {
         let store = &self.agent.store;
         let millis = store.usual_rollout(&self.build.environment).await?;
         let usual = millis.and_then(|millis| u64::try_from(millis).ok());
@@ -807,31 +392,7 @@ fn unchanged(unwell: &[Unwell], touched: &[AppliedObject]) -> Vec<Unwell> {
     unwell.iter().filter(is_unchanged).cloned().collect()
 }
 
-fn rollback_hint(
-    environment: &str,
-    goal: Option<&Release>,
-    why: &str,
-    by_hand: Option<String>,
-) -> String {
-    match (goal, by_hand) {
-        (Some(goal), _) => format!(
-            "the rollback failed ({why}); try it again: landfall undo {environment} --to {}",
-            goal.id
-        ),
-        (None, Some(commands)) => format!("the rollback failed ({why}); by hand: {commands}"),
-        (None, None) => format!("the rollback failed ({why})"),
-    }
-}
-
-fn with_hint(cause: Cause, more: Option<String>) -> Cause {
-    let hint = match (&cause.hint, more) {
-        (Some(own), Some(more)) => Some(format!("{own}; {more}")),
-        (own, more) => more.or_else(|| own.clone()),
-    };
-    Cause { hint, ..cause }
-}
-
-fn describe(release: &Release) -> String {
+pub(super) fn describe(release: &Release) -> String {
     match crate::builds::short(&release.commit) {
         "" => format!("{} (what stood here before Landfall)", release.id),
         commit => format!(

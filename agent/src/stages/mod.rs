@@ -184,7 +184,7 @@ pub struct Tested {
 pub struct Applied {
     pub release_id: i64,
     pub objects: Vec<AppliedObject>,
-    /// What of the serving release was not well before anything was changed.
+    /// Where a release is brought back: what of the serving one was not well before. A push has that in its release.
     #[serde(default)]
     pub unwell: Vec<Unwell>,
 }
