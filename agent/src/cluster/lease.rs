@@ -3,7 +3,7 @@
 //! `claim` takes the number by compare-and-set in a Lease; `fence` writes it on an object as a label that only
 //! `landfall-fence` forces. From then on the API server compares: whoever applies with another number is refused.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use jiff::Timestamp;
@@ -41,7 +41,6 @@ pub async fn claim(
     let leases = cluster.api::<Lease>();
     let lease_name = format!("landfall-{environment}");
     let what = format!("claim the lease {lease_name}");
-    let begun = Instant::now();
     let mut patience = cluster.patience();
     loop {
         let asked = tokio::time::timeout(cluster.one_try(), async {
@@ -69,7 +68,7 @@ pub async fn claim(
             }
             // Somebody wrote it since it was read.
             Ok(Err(kube::Error::Api(status)))
-                if status.code == 409 && begun.elapsed() < cluster.unreachable =>
+                if status.code == 409 && patience.begun.elapsed() < cluster.unreachable =>
             {
                 tokio::time::sleep(PAUSE * 4).await;
                 continue;

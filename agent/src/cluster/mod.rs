@@ -30,6 +30,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
+use kube::client::AuthError;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind, Request, Resource as _, Status};
 use kube::{Client, Config};
@@ -146,7 +147,9 @@ impl Cluster {
             .map_or_else(String::new, |port| format!(":{port}"));
         let server = format!("{}://{host}{port}", server.scheme_str().unwrap_or("https"));
         Ok(Self {
-            client: Client::try_from(config).context("cannot make a client of the cluster")?,
+            client: Client::try_from(config)
+                .map_err(plain)
+                .context("cannot make a client of the cluster")?,
             namespace,
             unreachable: Duration::from_secs(environment.limits.unreachable_seconds),
             server,
@@ -163,9 +166,9 @@ impl Cluster {
         }
     }
 
-    /// So short that who is silent can be asked again, and told of, before we give up.
+    /// So short that who is silent can be told of, and asked again, before we give up.
     fn one_try(&self) -> Duration {
-        REQUEST_LIMIT.min((self.unreachable / 3).max(Duration::from_secs(1)))
+        REQUEST_LIMIT.min((self.unreachable / 2).max(Duration::from_secs(1)))
     }
 
     fn patience(&self) -> Patience<'_> {
@@ -337,22 +340,20 @@ impl Patience<'_> {
     }
 }
 
-/// In the server's own words; or the network's, and not what each layer between adds. Of a kubeconfig's own command neither
-/// what it was given nor what it printed: both may hold a secret.
+/// In the server's own words, or the network's. Of a kubeconfig's own command neither what it was given nor what it printed:
+/// both may hold a secret. Where it is run for a request, the layers of the client hold its error.
 fn plain(error: kube::Error) -> anyhow::Error {
-    match error {
-        kube::Error::Api(status) => anyhow!("{}", status.message),
-        kube::Error::Auth(kube::client::AuthError::AuthExecRun { out, .. }) => {
-            anyhow!("the kubeconfig's own command failed: {}", out.status)
-        }
-        error => {
-            let error = anyhow::Error::new(error);
-            let mut layers = error.chain();
-            match layers.any(|layer| layer.to_string().contains("(Connect)")) {
-                true => anyhow!("{}", error.root_cause()),
-                false => error,
-            }
-        }
+    if let kube::Error::Api(status) = error {
+        return anyhow!("{}", status.message);
+    }
+    let error = anyhow::Error::new(error);
+    let of_command = error.chain().find_map(|layer| match layer.downcast_ref() {
+        Some(AuthError::AuthExecRun { out, .. }) => Some(out.status),
+        _ => None,
+    });
+    match of_command {
+        Some(status) => anyhow!("the kubeconfig's own command failed: {status}"),
+        None => words::of_the_network(error),
     }
 }
 
@@ -373,5 +374,41 @@ impl Resource {
             ),
             namespaced,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_a_kubeconfigs_command_is_given_and_prints_is_in_no_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("kubeconfig");
+        let user = serde_json::json!({"exec": {
+            "apiVersion": "client.authentication.k8s.io/v1",
+            "command": "sh",
+            "args": ["-c", "echo a-printed-token; exit 3"],
+            "env": [{"name": "KEY", "value": "a-given-key"}],
+            "interactiveMode": "Never",
+        }});
+        let config = serde_json::json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "here",
+            "clusters": [{"name": "here", "cluster": {"server": "https://127.0.0.1:1"}}],
+            "users": [{"name": "here", "user": user}],
+            "contexts": [{"name": "here", "context": {"cluster": "here", "user": "here"}}],
+        });
+        std::fs::write(&path, config.to_string()).unwrap();
+        let environment = Environment::of_person("here", Some(path), None, "here".to_owned());
+        let error = Cluster::connect(&environment).await.err().unwrap();
+        let told = format!("{error:#} {error:?}");
+        assert!(
+            told.contains("own command failed: exit status: 3"),
+            "{told}"
+        );
+        assert!(
+            !told.contains("a-printed-token") && !told.contains("a-given-key"),
+            "{told}"
+        );
     }
 }

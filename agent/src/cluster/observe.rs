@@ -61,12 +61,8 @@ impl Unseen {
     fn new(what: &str, error: kube::Error) -> Self {
         let for_good =
             matches!(&error, kube::Error::Api(status) if matches!(status.code, 401 | 403));
-        let error = match error {
-            kube::Error::Api(status) => anyhow::anyhow!("{}", status.message),
-            other => anyhow::Error::new(other),
-        };
         Self {
-            error: error.context(format!("cannot {what}")),
+            error: super::plain(error).context(format!("cannot {what}")),
             for_good,
         }
     }

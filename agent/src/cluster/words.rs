@@ -5,6 +5,15 @@ use k8s_openapi::api::core::v1::Event;
 
 const WORDS_CHARS_MAX: usize = 300;
 
+/// Of an error in connecting the network's own words, without what each layer between adds; any other as it is.
+pub fn of_the_network(error: anyhow::Error) -> anyhow::Error {
+    let mut layers = error.chain();
+    match layers.any(|layer| layer.to_string().contains("(Connect)")) {
+        true => anyhow::anyhow!("{}", error.root_cause()),
+        false => error,
+    }
+}
+
 pub(super) fn is_about(event: &Event, container: &str) -> bool {
     let path = event
         .involved_object

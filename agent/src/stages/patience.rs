@@ -10,6 +10,7 @@ use bollard::Docker;
 use bollard::errors::Error;
 
 use super::{Scope, StageError, StageResult};
+use crate::cluster::words;
 use crate::docker;
 
 /// Pauses between two attempts grow from the first to the second.
@@ -38,15 +39,8 @@ impl Trouble {
     pub fn of(error: Error, wanted: impl Into<String>) -> Self {
         let away = docker::is_away(&error);
         let error = anyhow::Error::new(error);
-        let is_connecting = error
-            .chain()
-            .any(|layer| layer.to_string().contains("(Connect)"));
         match away {
-            // The network's own words, and not what each layer between adds.
-            true if is_connecting => {
-                Self::Away(anyhow!("{}", error.root_cause()).context(wanted.into()))
-            }
-            true => Self::Away(error.context(wanted.into())),
+            true => Self::Away(words::of_the_network(error).context(wanted.into())),
             false => Self::Final(StageError::Agent(error.context(wanted.into()))),
         }
     }
