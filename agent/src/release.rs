@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 use crate::pipeline::{FirstRelease, Rollback, SmokeTest, Verify};
 
 /// What one environment is to look like. Stored before the first mutation of the cluster.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Release {
     /// The store's number; 0 until it is stored.
     #[serde(default)]

@@ -97,22 +97,10 @@ pub fn build(fence: i64) -> Build {
 /// A release of these objects, which nothing was built for.
 pub fn release(environment: &Environment, verify: Verify) -> Release {
     Release {
-        id: 0,
         environment: environment.name.clone(),
-        build_id: 0,
-        commit: String::new(),
-        image: String::new(),
         namespace: environment.namespace.clone(),
-        objects: Vec::new(),
-        plan: Vec::new(),
-        prune: Vec::new(),
-        unwell: Vec::new(),
-        pinned: std::collections::BTreeMap::new(),
-        smoke_tests: Vec::new(),
         verify,
-        rollback: crate::pipeline::Rollback::Automatic,
-        first_release: crate::pipeline::FirstRelease::Leave,
-        set_hash: String::new(),
+        ..Release::default()
     }
 }
 

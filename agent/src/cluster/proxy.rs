@@ -58,26 +58,21 @@ pub struct Place {
 impl Place {
     /// The Service itself, at its port named `http` or its first.
     pub fn of_service(service: &Service) -> Self {
-        let (port, tls) = port(service).map_or((80, false), |(port, tls)| (port.port, tls));
-        Self::at_port(service, port, tls)
+        let none = || ServicePort {
+            port: 80,
+            ..ServicePort::default()
+        };
+        Self::of_service_port(service, &port(service).unwrap_or_else(none))
     }
 
     /// The Service itself, at one of its ports.
     pub fn of_service_port(service: &Service, port: &ServicePort) -> Self {
-        // By its name: of two ports with one number, for TCP and UDP, the API server takes the first.
-        let named = port.name.clone();
-        Self {
-            port: named.unwrap_or_else(|| port.port.to_string()),
-            ..Self::at_port(service, port.port, speaks_tls(port))
-        }
-    }
-
-    fn at_port(service: &Service, port: i32, tls: bool) -> Self {
         Self {
             resource: "services",
             name: service.metadata.name.clone().unwrap_or_default(),
-            port: port.to_string(),
-            tls,
+            // By its name: of two ports with one number, for TCP and UDP, the API server takes the first.
+            port: port.name.clone().unwrap_or_else(|| port.port.to_string()),
+            tls: speaks_tls(port),
         }
     }
 
@@ -85,7 +80,8 @@ impl Place {
     pub fn of_pod(service: &Service, pod: &Pod) -> Self {
         let (number, tls) = match port(service) {
             None => (80, false),
-            Some((port, tls)) => {
+            Some(port) => {
+                let tls = speaks_tls(&port);
                 let number = match port.target_port {
                     Some(IntOrString::Int(number)) if number > 0 => number,
                     Some(IntOrString::String(name)) => named_port(pod, &name).unwrap_or(port.port),
@@ -103,16 +99,12 @@ impl Place {
     }
 }
 
-/// The Service's port to ask, and whether TLS is spoken there.
-fn port(service: &Service) -> Option<(ServicePort, bool)> {
+/// The Service's port to ask.
+fn port(service: &Service) -> Option<ServicePort> {
     let ports = service.spec.as_ref()?.ports.clone().unwrap_or_default();
-    let port = ports
-        .iter()
-        .find(|port| port.name.as_deref() == Some("http"))
-        .or(ports.first())?
-        .clone();
-    let tls = speaks_tls(&port);
-    Some((port, tls))
+    let mut named = ports.iter();
+    let http = named.find(|port| port.name.as_deref() == Some("http"));
+    http.or(ports.first()).cloned()
 }
 
 fn speaks_tls(port: &ServicePort) -> bool {

@@ -20,7 +20,6 @@ use crate::app::App;
 use crate::build_log::LogLine;
 use crate::builds::{Build, BuildKind, Cause, Outcome, Push, Stage, StageStatus, Status, now};
 use crate::config::Config;
-use crate::pipeline::{FirstRelease, Rollback, Verify};
 use crate::release::Release;
 use crate::server;
 use crate::store::{Filter, Store};
@@ -1189,22 +1188,13 @@ async fn only_what_serves_now_is_called_live() {
     for title in ["first", "second"] {
         let build = site.start("hello", &push("main", title, "Ada")).await;
         let release = Release {
-            id: 0,
             environment: "hello".to_owned(),
             build_id: build.id,
             commit: build.commit.clone(),
             image: "hello@sha256:0".to_owned(),
             namespace: "hello-ns".to_owned(),
-            objects: Vec::new(),
-            pinned: std::collections::BTreeMap::new(),
-            plan: Vec::new(),
-            prune: Vec::new(),
-            unwell: Vec::new(),
-            smoke_tests: Vec::new(),
-            verify: Verify::default(),
-            rollback: Rollback::Automatic,
-            first_release: FirstRelease::Leave,
             set_hash: "0".to_owned(),
+            ..Release::default()
         };
         let id = site.app.store.plan_release(&build, &release).await.unwrap();
         site.app

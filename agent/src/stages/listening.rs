@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use super::{Scope, StageError, StageResult};
 use crate::builds::Cause;
 use crate::cluster::Cluster;
+use crate::cluster::observe::ask;
 use crate::cluster::proxy::{self, Asked, Place};
 use crate::release::{AppliedObject, Change, Release};
 
@@ -45,13 +46,18 @@ pub async fn run(
 
 async fn check(scope: &Scope<'_>, cluster: &Cluster, service: &Service) -> StageResult<()> {
     let name = service.metadata.name.as_deref().unwrap_or_default();
+    let ports: Vec<&ServicePort> = tcp_ports(service).collect();
     let begun = Instant::now();
     loop {
+        let places: Vec<Place> = ports
+            .iter()
+            .map(|port| Place::of_service_port(service, port))
+            .collect();
+        let answers = join_all(places.iter().map(|place| proxy::get(cluster, place, "/"))).await;
         let (mut refused, mut unseen) = (Vec::new(), None);
         let mut somebody_is_there = false;
-        for port in tcp_ports(service) {
-            let place = Place::of_service_port(service, port);
-            match proxy::get(cluster, &place, "/").await {
+        for (port, asked) in ports.iter().zip(answers) {
+            match asked {
                 Asked::NobodyThere(why) if is_the_pods_refusal(&why) => {
                     refused.push((port.port, why));
                 }
@@ -98,7 +104,8 @@ fn is_the_pods_refusal(why: &str) -> bool {
 /// Some network plugins reject what a NetworkPolicy forbids, which looks the same from afar.
 async fn may_be_a_policy(cluster: &Cluster) -> bool {
     let few = ListParams::default().limit(1);
-    let policies = cluster.api::<NetworkPolicy>().list(&few).await;
+    let policies = cluster.api::<NetworkPolicy>();
+    let policies = ask("list networkpolicies", policies.list(&few)).await;
     policies.map_or(true, |policies| !policies.items.is_empty())
 }
 
@@ -175,28 +182,15 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::pipeline::{FirstRelease, Rollback, SmokeTest, Verify};
+    use crate::pipeline::SmokeTest;
 
     fn release(objects: Vec<Value>) -> Release {
         let smoke_test: SmokeTest =
             serde_json::from_value(json!({"get": "/", "service": "asked"})).unwrap();
         Release {
-            id: 1,
-            environment: "hello".to_owned(),
-            build_id: 1,
-            commit: String::new(),
-            image: String::new(),
-            namespace: "hello".to_owned(),
             objects,
-            plan: Vec::new(),
-            prune: Vec::new(),
-            unwell: Vec::new(),
-            pinned: std::collections::BTreeMap::new(),
             smoke_tests: vec![smoke_test],
-            verify: Verify::default(),
-            rollback: Rollback::Automatic,
-            first_release: FirstRelease::Leave,
-            set_hash: String::new(),
+            ..Release::default()
         }
     }
 

@@ -413,27 +413,14 @@ use insert;
 mod tests {
     use super::*;
     use crate::builds::{Outcome, Status};
-    use crate::pipeline::{FirstRelease, Rollback, Verify};
     use crate::store::pushed;
 
     fn release(build: &Build) -> Release {
         Release {
-            id: 0,
             environment: build.environment.clone(),
             build_id: build.id,
             commit: build.commit.clone(),
-            image: String::new(),
-            namespace: "hello".to_owned(),
-            objects: Vec::new(),
-            plan: Vec::new(),
-            prune: Vec::new(),
-            unwell: Vec::new(),
-            pinned: std::collections::BTreeMap::new(),
-            smoke_tests: Vec::new(),
-            verify: Verify::default(),
-            rollback: Rollback::Automatic,
-            first_release: FirstRelease::Leave,
-            set_hash: String::new(),
+            ..Release::default()
         }
     }
 

@@ -17,6 +17,15 @@ fn titles(build: &Value) -> Vec<&str> {
         .collect()
 }
 
+/// Of the newest build; how that ended.
+async fn rerun(landfall: &Landfall, id: i64) -> Value {
+    let (status, answer) = landfall
+        .write(&format!("/api/builds/{id}/rerun"), json!({}))
+        .await;
+    assert_eq!(status, 202, "{answer}");
+    landfall.end(id + 1).await
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_push_goes_live_through_six_stages() {
     let mut landfall = Landfall::start("line").await;
@@ -77,11 +86,7 @@ async fn a_push_goes_live_through_six_stages() {
     );
 
     // The same commit again, by hand: passed, and unchanged.
-    let (status, answer) = landfall
-        .write(&format!("/api/builds/{id}/rerun"), json!({}))
-        .await;
-    assert_eq!(status, 202, "{answer}");
-    let again = landfall.end(id + 1).await;
+    let again = rerun(&landfall, id).await;
     assert_eq!(
         (&again["status"], &again["outcome"]),
         (&json!("passed"), &json!("unchanged")),
@@ -194,11 +199,7 @@ async fn a_build_can_be_canceled_and_rerun() {
         "canceling took {:?}",
         begun.elapsed()
     );
-    let (status, answer) = landfall
-        .write(&format!("/api/builds/{id}/rerun"), json!({}))
-        .await;
-    assert_eq!(status, 202, "{answer}");
-    let again = landfall.end(id + 1).await;
+    let again = rerun(&landfall, id).await;
     assert_eq!(
         (&again["kind"], &again["outcome"], &again["commit"]),
         (&json!("rerun"), &json!("live"), &build["commit"]),
