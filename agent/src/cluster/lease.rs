@@ -43,7 +43,7 @@ pub async fn claim(
     let what = format!("claim the lease {lease_name}");
     let mut patience = cluster.patience();
     loop {
-        let asked = tokio::time::timeout(cluster.one_try(), async {
+        let asked = patience.ask(async {
             let known = leases.get_opt(&lease_name).await?;
             let lease = next(known.as_ref(), &lease_name, holder, at_least);
             let parameters = PostParams {
@@ -55,9 +55,8 @@ pub async fn claim(
                 Some(_) => leases.replace(&lease_name, &parameters, &lease).await,
                 None => leases.create(&parameters, &lease).await,
             }
-        })
-        .await;
-        let error = match asked {
+        });
+        let error = match asked.await {
             Ok(Ok(lease)) => {
                 fail_point::at("cluster: lease claimed");
                 return Ok(Held {
@@ -82,7 +81,7 @@ pub async fn claim(
                 return Err(anyhow!("cannot {what}: {}", status.message).into());
             }
             Ok(Err(error)) => super::plain(error),
-            Err(_) => anyhow!("no answer within {} s", cluster.one_try().as_secs()),
+            Err(silence) => silence,
         };
         patience.wait(&what, error).await?;
     }

@@ -29,7 +29,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
 use kube::client::AuthError;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind, Request, Resource as _, Status};
@@ -166,11 +166,6 @@ impl Cluster {
         }
     }
 
-    /// So short that who is silent can be told of, and asked again, before we give up.
-    fn one_try(&self) -> Duration {
-        REQUEST_LIMIT.min((self.unreachable / 2).max(Duration::from_secs(1)))
-    }
-
     fn patience(&self) -> Patience<'_> {
         Patience {
             cluster: self,
@@ -276,18 +271,16 @@ impl Cluster {
         what: &str,
         request: &hyper::Request<Vec<u8>>,
     ) -> Result<Value, Answer> {
-        let limit = self.one_try();
         let mut patience = self.patience();
         loop {
-            let answer =
-                tokio::time::timeout(limit, self.client.request::<Value>(request.clone())).await;
-            let error = match answer {
+            let answer = patience.ask(self.client.request::<Value>(request.clone()));
+            let error = match answer.await {
                 Ok(Ok(value)) => return Ok(value),
                 Ok(Err(kube::Error::Api(status))) if !is_transient(&status) => {
                     return Err(Answer::Refused(status));
                 }
                 Ok(Err(error)) => plain(error),
-                Err(_) => anyhow!("no answer within {} s", limit.as_secs()),
+                Err(silence) => silence,
             };
             patience.wait(what, error).await.map_err(Answer::Away)?;
         }
@@ -300,7 +293,7 @@ impl Cluster {
     }
 }
 
-/// Between a question that had no good answer and the same one again.
+/// For one question, which is asked again while it has no good answer; whoever the cluster tells hears of it.
 struct Patience<'a> {
     cluster: &'a Cluster,
     begun: Instant,
@@ -309,12 +302,26 @@ struct Patience<'a> {
 }
 
 impl Patience<'_> {
-    /// An error, of what we cannot do, once the server has been away for as long as the operator allows.
+    /// Asks once; an error where nothing is answered within the limit.
+    async fn ask<T>(&mut self, question: impl Future<Output = T>) -> anyhow::Result<T> {
+        let limit = REQUEST_LIMIT.min(self.cluster.unreachable.max(Duration::from_secs(1)));
+        let silence = tokio::time::sleep(limit);
+        tokio::pin!(question, silence);
+        loop {
+            tokio::select! {
+                biased;
+                answer = &mut question => return Ok(answer),
+                () = &mut silence => bail!("no answer within {} s", limit.as_secs()),
+                () = tokio::time::sleep(WAITING_SAID_EVERY) => self.say("no answer yet"),
+            }
+        }
+    }
+
+    /// Before the next try. An error, of what we cannot do, once the server has been away for as long as the operator allows.
     async fn wait(&mut self, what: &str, error: anyhow::Error) -> anyhow::Result<()> {
         let Cluster {
             server,
             unreachable,
-            tell,
             ..
         } = self.cluster;
         let waited = self.begun.elapsed();
@@ -324,19 +331,25 @@ impl Patience<'_> {
                 "cannot {what}: no good answer from the cluster at {server} for {seconds} s"
             )));
         }
+        self.say(&format!("{error:#}"));
+        tokio::time::sleep(self.pause).await;
+        self.pause = (self.pause * 2).min(PAUSE_MAX);
+        Ok(())
+    }
+
+    fn say(&mut self, why: &str) {
+        let waited = self.begun.elapsed();
         let is_due = self.said.map_or(waited >= WAITING_SAID_AFTER, |said| {
             said.elapsed() >= WAITING_SAID_EVERY
         });
         if is_due {
             self.said = Some(Instant::now());
+            let Cluster { server, tell, .. } = self.cluster;
             let seconds = waited.as_secs();
             tell(format!(
-                "waiting for the cluster at {server}, since {seconds} s: {error:#}"
+                "waiting for the cluster at {server}, since {seconds} s: {why}"
             ));
         }
-        tokio::time::sleep(self.pause).await;
-        self.pause = (self.pause * 2).min(PAUSE_MAX);
-        Ok(())
     }
 }
 

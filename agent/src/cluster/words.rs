@@ -8,9 +8,13 @@ const WORDS_CHARS_MAX: usize = 300;
 /// Of an error in connecting the network's own words, without what each layer between adds; any other as it is.
 pub fn of_the_network(error: anyhow::Error) -> anyhow::Error {
     let mut layers = error.chain();
-    match layers.any(|layer| layer.to_string().contains("(Connect)")) {
-        true => anyhow::anyhow!("{}", error.root_cause()),
-        false => error,
+    if !layers.any(|layer| layer.to_string().contains("(Connect)")) {
+        return error;
+    }
+    match error.root_cause().to_string().as_str() {
+        // Tokio's own, of its clock.
+        "deadline has elapsed" => anyhow::anyhow!("no connection in time"),
+        told => anyhow::anyhow!("{told}"),
     }
 }
 
