@@ -73,7 +73,7 @@ async fn logs(cluster: &Cluster, snapshot: &Snapshot, evidence: &mut Vec<Evidenc
                     ..LogParams::default()
                 };
                 let api = cluster.api::<Pod>();
-                let asked = ask("read a log", api.logs(name(pod), &parameters)).await;
+                let asked = ask("read a log", || api.logs(name(pod), &parameters)).await;
                 let Some(text) = asked.ok().filter(|text| !text.trim().is_empty()) else {
                     continue;
                 };

@@ -357,7 +357,16 @@ impl Patience<'_> {
 /// both may hold a secret. Where it is run for a request, the layers of the client hold its error.
 fn plain(error: kube::Error) -> anyhow::Error {
     if let kube::Error::Api(status) = error {
-        return anyhow!("{}", status.message);
+        let Status {
+            code,
+            reason,
+            message,
+            ..
+        } = *status;
+        return match message.is_empty() {
+            true => anyhow!("{code} {reason}"),
+            false => anyhow!("{message}"),
+        };
     }
     let error = anyhow::Error::new(error);
     let of_command = error.chain().find_map(|layer| match layer.downcast_ref() {

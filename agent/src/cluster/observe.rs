@@ -28,6 +28,8 @@ use super::{Cluster, probes};
 
 /// One question to the API server.
 const REQUEST_LIMIT: Duration = Duration::from_secs(5);
+/// What an API server says in its Retry-After (https://kubernetes.io/docs/concepts/cluster-administration/flow-control/).
+const BUSY_PAUSE: Duration = Duration::from_secs(1);
 /// Events and autoscalers are asked for no more often than this.
 const EVENTS_EVERY: Duration = Duration::from_secs(1);
 const AUTOSCALERS_EVERY: Duration = Duration::from_secs(5);
@@ -68,20 +70,31 @@ impl Unseen {
     }
 }
 
-/// Asks once, within the limit.
-pub async fn ask<T>(
-    what: &str,
-    answer: impl Future<Output = kube::Result<T>>,
-) -> Result<T, Unseen> {
-    match tokio::time::timeout(REQUEST_LIMIT, answer).await {
-        Ok(answer) => answer.map_err(|error| Unseen::new(what, error)),
-        Err(_) => Err(Unseen {
-            error: anyhow::anyhow!(
-                "cannot {what}: no answer within {} s",
-                REQUEST_LIMIT.as_secs()
-            ),
-            for_good: false,
-        }),
+/// Asks once, within the limit; again where the server says that it has too much to do: a look is many questions, and one that
+/// is never answered would blind it.
+pub async fn ask<T, A>(what: &str, mut question: impl FnMut() -> A) -> Result<T, Unseen>
+where
+    A: Future<Output = kube::Result<T>>,
+{
+    let begun = Instant::now();
+    loop {
+        let left = REQUEST_LIMIT.saturating_sub(begun.elapsed());
+        match tokio::time::timeout(left, question()).await {
+            Ok(Err(kube::Error::Api(status))) if status.code == 429 && left > BUSY_PAUSE => {
+                tokio::time::sleep(BUSY_PAUSE).await;
+            }
+            Ok(answer) => return answer.map_err(|error| Unseen::new(what, error)),
+            Err(_) => {
+                let error = anyhow::anyhow!(
+                    "cannot {what}: no answer within {} s",
+                    REQUEST_LIMIT.as_secs()
+                );
+                return Err(Unseen {
+                    error,
+                    for_good: false,
+                });
+            }
+        }
     }
 }
 
@@ -267,7 +280,7 @@ impl<'a> Observer<'a> {
         let api = self.cluster.api::<K>();
         ask(
             &format!("read {}/{name}", K::kind(&()).to_lowercase()),
-            api.get_opt(name),
+            || api.get_opt(name),
         )
         .await
     }
@@ -278,7 +291,7 @@ impl<'a> Observer<'a> {
         K: Clone + std::fmt::Debug + DeserializeOwned,
     {
         let api = self.cluster.api::<K>();
-        Ok(ask(what, api.list(parameters)).await?.items)
+        Ok(ask(what, || api.list(parameters)).await?.items)
     }
 
     /// Events only explain: without the right to read them we judge without.
@@ -410,10 +423,9 @@ pub async fn last_words(
         ..LogParams::default()
     };
     let api = cluster.api::<Pod>();
-    let text = ask(
-        "read a log",
-        api.logs(super::snapshot::name(container.pod), &parameters),
-    )
+    let text = ask("read a log", || {
+        api.logs(super::snapshot::name(container.pod), &parameters)
+    })
     .await
     .ok()?;
     // The kubelet answers like this, with status 200, where the log is gone.

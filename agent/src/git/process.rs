@@ -162,7 +162,7 @@ pub async fn ask(
         seconds_max: environment.limits.clone_timeout_seconds,
     };
     let home = home(mirrors, environment)?;
-    let mut child = spawn(exe, &home)?;
+    let mut child = spawn(exe, &home, &environment.clone_url)?;
     let masked = |text: &str| note(&masker.mask_text(text));
     let conversation = converse(&mut child, &request, silence, &masked);
     conversation
@@ -210,12 +210,20 @@ fn digest(text: &str) -> String {
         .collect()
 }
 
-fn spawn(exe: &Path, home: &Path) -> anyhow::Result<Child> {
-    Command::new(exe)
+fn spawn(exe: &Path, home: &Path, url: &str) -> anyhow::Result<Child> {
+    let mut command = Command::new(exe);
+    command
         .arg0("landfall")
         .arg(SUBCOMMAND)
         .env_clear()
-        .envs(config::variables_for_git())
+        .envs(config::variables_for_git());
+    let is_over_tls = url.to_ascii_lowercase().starts_with("https:");
+    if !is_over_tls {
+        // libgit2 reads the machine's certificate authorities at its start, whatever it is asked for; redirects are not followed.
+        command.env("SSL_CERT_FILE", "/dev/null");
+        command.env("SSL_CERT_DIR", "/dev/null");
+    }
+    command
         .env("HOME", home)
         .current_dir(home)
         .stdin(Stdio::piped())

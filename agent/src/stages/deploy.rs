@@ -9,13 +9,12 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use super::{Scope, StageError, StageResult, limited};
+use super::{Scope, StageError, StageResult, job, limited};
 use crate::builds::Cause;
 use crate::cluster::apply::{self, Done, Rules};
 use crate::cluster::lease::{self, Held};
-use crate::cluster::observe::{BLIND_RETRY, Observer, Sight};
+use crate::cluster::observe::Observer;
 use crate::cluster::ownership::Taking;
-use crate::cluster::rollout::{self, History, Verdict};
 use crate::cluster::snapshot::Target;
 use crate::cluster::{Cluster, Resource, Trouble, diff};
 use crate::manifests::{api_version, display_name, kind, name, text};
@@ -27,8 +26,6 @@ const ESTABLISHED_LIMIT: Duration = Duration::from_secs(30);
 /// For an object that somebody has deleted.
 const LEAVING_LIMIT: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(250);
-/// How late an event may be.
-const EVENT_LIMIT: Duration = Duration::from_secs(3);
 
 impl From<Trouble> for StageError {
     fn from(trouble: Trouble) -> Self {
@@ -144,7 +141,7 @@ impl<'a> Applying<'a> {
     /// when the next one is asked for, so that it is recorded before.
     pub async fn next(&mut self) -> StageResult<Option<(usize, AppliedObject)>> {
         if let Some(job) = self.job.take() {
-            self.finished(&job).await?;
+            job::completed(&self.scope, &self.held.cluster, self.release, &job).await?;
         }
         while let Some(object) = self.release.objects.get(self.next) {
             let ordinal = self.next;
@@ -302,94 +299,6 @@ impl<'a> Applying<'a> {
         let mut observer = Observer::new(&self.held.cluster);
         let completed = observer.has_completed(&target).await;
         completed.map_err(|unseen| StageError::Agent(unseen.error))
-    }
-
-    async fn finished(&self, job: &AppliedObject) -> StageResult<()> {
-        let mut objects = self.release.objects.iter();
-        let object = objects.find(|object| job.is_named_by(object));
-        let own = object
-            .and_then(|object| object.pointer("/spec/activeDeadlineSeconds"))
-            .and_then(Value::as_u64);
-        let usual = self.release.verify.timeout_seconds;
-        let limit = Duration::from_secs(own.map_or(usual, |seconds| seconds.saturating_add(30)));
-        let shown = job.display_name();
-        limited(&self.scope, &shown, limit, self.wait_for_job(job)).await
-    }
-
-    async fn wait_for_job(&self, applied: &AppliedObject) -> StageResult<()> {
-        let (log, cluster) = (self.scope.log, &self.held.cluster);
-        let mut targets = Target::applied(self.release, std::slice::from_ref(applied));
-        let Some(target) = targets.pop() else {
-            return Ok(());
-        };
-        let shown = target.display_name();
-        let mut observer = Observer::new(cluster);
-        let mut history = History::default();
-        let mut sight = Sight::new(cluster.unreachable);
-        let mut told = String::new();
-        let mut gone = None;
-        loop {
-            match observer.snapshot(&target).await {
-                Err(unseen) => {
-                    sight.unseen(unseen)?;
-                    tokio::time::sleep(BLIND_RETRY).await;
-                    continue;
-                }
-                Ok(None) => match observer.has_completed(&target).await {
-                    Err(unseen) => {
-                        sight.unseen(unseen)?;
-                        tokio::time::sleep(BLIND_RETRY).await;
-                        continue;
-                    }
-                    Ok(true) => {
-                        // Its own `ttlSecondsAfterFinished` was quicker than we.
-                        log.line(format!("{shown} is complete, and gone already"));
-                        return Ok(());
-                    }
-                    // The event may come a moment after the Job has gone.
-                    Ok(false) if gone.get_or_insert_with(Instant::now).elapsed() < EVENT_LIMIT => {
-                        tokio::time::sleep(POLL).await;
-                        continue;
-                    }
-                    Ok(false) => {
-                        let sentence = format!("{shown} was deleted before it was complete");
-                        return Err(StageError::Failed(
-                            Cause::new("job_failed", sentence).object(shown),
-                        ));
-                    }
-                },
-                Ok(Some(snapshot)) => match rollout::judge(&target, &snapshot, false, &mut history)
-                {
-                    Verdict::Complete => {
-                        log.line(format!("{shown} is complete"));
-                        return Ok(());
-                    }
-                    Verdict::Failed(cause) => {
-                        let again = format!(
-                            "to run the same Job again: kubectl -n {} delete {shown}",
-                            cluster.namespace
-                        );
-                        let hint = cause
-                            .hint
-                            .as_ref()
-                            .map_or(again.clone(), |hint| format!("{hint}; {again}"));
-                        return Err(StageError::Failed(cause.hint(hint)));
-                    }
-                    Verdict::NotYet { progress } if progress != told => {
-                        log.line(&progress);
-                        told = progress;
-                    }
-                    Verdict::NotYet { .. } => {}
-                },
-            }
-            for (who, words) in observer.take_new_words() {
-                log.line(format!("Last words of {who}:"));
-                words
-                    .lines()
-                    .for_each(|line| log.line(format!("  | {line}")));
-            }
-            tokio::time::sleep(POLL).await;
-        }
     }
 }
 

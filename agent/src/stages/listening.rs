@@ -105,7 +105,7 @@ fn is_the_pods_refusal(why: &str) -> bool {
 async fn may_be_a_policy(cluster: &Cluster) -> bool {
     let few = ListParams::default().limit(1);
     let policies = cluster.api::<NetworkPolicy>();
-    let policies = ask("list networkpolicies", policies.list(&few)).await;
+    let policies = ask("list networkpolicies", || policies.list(&few)).await;
     policies.map_or(true, |policies| !policies.items.is_empty())
 }
 

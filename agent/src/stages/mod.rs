@@ -11,6 +11,7 @@ pub mod expect;
 pub mod failed_tests;
 pub mod foreign_images;
 pub mod image;
+pub mod job;
 pub mod listening;
 pub mod patience;
 pub mod plan;

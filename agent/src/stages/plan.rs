@@ -415,24 +415,21 @@ async fn leads_nowhere(
     objects: &[Value],
 ) -> StageResult<Vec<Cause>> {
     let mut causes = wiring::unknown_ports(objects);
+    let (pods, services) = (cluster.api::<Pod>(), cluster.api::<Service>());
     for unmatched in wiring::unmatched_services(objects) {
         let by_selector = ListParams::default().labels(&unmatched.selector).limit(1);
-        let pods = seen(scope, || async {
-            observe::ask("list pods", cluster.api::<Pod>().list(&by_selector)).await
+        let live = seen(scope, || {
+            observe::ask("list pods", || pods.list(&by_selector))
         });
-        if pods.await?.items.is_empty() {
+        if live.await?.items.is_empty() {
             causes.push(wiring::selects_nothing(&unmatched));
         }
     }
     let (outside, missing) = wiring::backends(objects);
     causes.extend(missing);
     for backend in outside {
-        let service = seen(scope, || async {
-            observe::ask(
-                "read a service",
-                cluster.api::<Service>().get_opt(&backend.service),
-            )
-            .await
+        let service = seen(scope, || {
+            observe::ask("read a service", || services.get_opt(&backend.service))
         });
         if service.await?.is_none() {
             causes.push(wiring::backend_missing(&backend));

@@ -99,7 +99,7 @@ pub async fn end_jobs(
             ListParams::default().labels(&format!("batch.kubernetes.io/job-name={}", job.name));
         // Where pods cannot be listed, the time is given to them all the same.
         while begun.elapsed() < JOB_ENDS_WITHIN
-            && !ask("list pods", pods.list(&own))
+            && !ask("list pods", || pods.list(&own))
                 .await
                 .is_ok_and(|pods| pods.items.is_empty())
         {
@@ -172,7 +172,7 @@ pub async fn free_stuck_pods(scope: &Scope<'_>, held: &Held, targets: &[Target],
                 }),
                 ..DeleteParams::default()
             };
-            let freed = ask("free a pod", pods.delete(name(pod), &parameters)).await;
+            let freed = ask("free a pod", || pods.delete(name(pod), &parameters)).await;
             scope.log.line(match freed {
                 Ok(_) => format!(
                     "pod/{} is not well and of another release: removed, so that its StatefulSet goes on",

@@ -366,22 +366,17 @@ impl Tester<'_> {
     }
 
     async fn service(&self, name: &str) -> Result<Option<Service>, Unseen> {
-        ask(
-            &format!("read service/{name}"),
-            self.cluster.api::<Service>().get_opt(name),
-        )
-        .await
+        let services = self.cluster.api::<Service>();
+        ask(&format!("read service/{name}"), || services.get_opt(name)).await
     }
 
     async fn slices(&self, service: &str) -> Result<Vec<EndpointSlice>, Unseen> {
         let of_service =
             ListParams::default().labels(&format!("kubernetes.io/service-name={service}"));
-        Ok(ask(
-            "list endpointslices",
-            self.cluster.api::<EndpointSlice>().list(&of_service),
-        )
-        .await?
-        .items)
+        let slices = self.cluster.api::<EndpointSlice>();
+        Ok(ask("list endpointslices", || slices.list(&of_service))
+            .await?
+            .items)
     }
 }
 

@@ -49,9 +49,9 @@ pub async fn run(
     shown: Show,
 ) -> StageResult<RolledOut> {
     let cluster = scope.cluster().await?;
-    let mut observer = Observer::new(&cluster);
     let mut targets = Target::applied(release, &applied.objects);
-    without_gone_jobs(&mut observer, &mut targets).await;
+    // The deploy has waited for each Job's end, and its own `ttlSecondsAfterFinished` may take it away at any moment.
+    targets.retain(|target| target.kind != Kind::Job);
     let limit = Duration::from_secs(release.verify.timeout_seconds);
     if applied.changed_nothing() {
         scope
@@ -60,7 +60,7 @@ pub async fn run(
     }
     let mut rollout = Rollout {
         targets: &targets,
-        observer,
+        observer: Observer::new(&cluster),
         histories: targets
             .iter()
             .map(|target| History::new(known.usual.filter(|_| !is_new(target, applied))))
@@ -150,19 +150,6 @@ fn as_before(
     is_no_worse.then_some(now.sentence)
 }
 
-/// Jobs have been waited for before; one that its own `ttlSecondsAfterFinished` took away is nothing to watch any more.
-async fn without_gone_jobs(observer: &mut Observer<'_>, targets: &mut Vec<Target>) {
-    let mut kept = Vec::with_capacity(targets.len());
-    for target in targets.drain(..) {
-        let is_gone =
-            target.kind == Kind::Job && matches!(observer.snapshot(&target).await, Ok(None));
-        if !is_gone {
-            kept.push(target);
-        }
-    }
-    *targets = kept;
-}
-
 struct Rollout<'a> {
     targets: &'a [Target],
     observer: Observer<'a>,
@@ -231,15 +218,8 @@ impl Rollout<'_> {
     /// Reads every workload anew; answers with a cause where one is gone.
     async fn look(&mut self) -> Result<Option<Cause>, Unseen> {
         let mut snapshots = Vec::with_capacity(self.targets.len());
-        for (index, target) in self.targets.iter().enumerate() {
+        for target in self.targets {
             let Some(snapshot) = self.observer.snapshot(target).await? else {
-                if let Some(before) = self.snapshots.get(index)
-                    && target.kind == Kind::Job
-                    && self.observer.has_completed(target).await?
-                {
-                    snapshots.push(before.clone());
-                    continue;
-                }
                 let name = target.display_name();
                 let cause = Cause::new(
                     "changed_by_another",

@@ -720,6 +720,51 @@ async fn a_missing_namespace_is_made_only_where_the_operator_says_so() {
 }
 
 #[tokio::test]
+async fn an_object_that_is_being_deleted_is_waited_for_and_a_namespace_is_named() {
+    let place = Place::new("deploy-leaving");
+    let held = "---\napiVersion: v1\nkind: ConfigMap\nmetadata: {name: held, finalizers: [landfall.test/hold]}\n";
+    let let_go = || {
+        let nobody = r#"{"metadata": {"finalizers": null}}"#;
+        place.kubectl(&["patch", "configmap/held", "--type=merge", "-p", nobody]);
+    };
+    place.kubectl_apply(held, &[]);
+    place.kubectl(&["delete", "configmap/held", "--wait=false"]);
+    let uid = place.field("configmap/held", ".metadata.uid");
+    let set = |value: &str| {
+        [
+            configmap("held", value),
+            deployment("web", "replicas: 0", ""),
+        ]
+        .concat()
+    };
+    let release = place.plan(1, &set("new")).await.0.unwrap();
+    let letting_go = async {
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        let_go();
+    };
+    let ((applied, log), ()) = tokio::join!(place.apply(1, &release), letting_go);
+    applied.unwrap();
+    assert!(
+        log.contains("configmap/held is being deleted, waiting until it is gone"),
+        "{log}"
+    );
+    assert_eq!(place.field("configmap/held", ".data.key"), "new");
+    assert_ne!(place.field("configmap/held", ".metadata.uid"), uid);
+
+    place.kubectl_apply(held, &[]);
+    let planned = place.plan(2, &set("newer")).await.0.unwrap();
+    kubectl(&["delete", "namespace", place.ns(), "--wait=false"]);
+    let Err(StageError::Failed(cause)) = place.apply(2, &planned).await.0 else {
+        panic!("a namespace that went after the plan was not noticed");
+    };
+    assert_eq!(cause.id, "namespace_terminating", "{cause:?}");
+    let cause = place.refused(&set("newest")).await;
+    assert_eq!(cause.id, "namespace_terminating");
+    assert_eq!(place.field("configmap/held", ".data.key"), "new");
+    let_go();
+}
+
+#[tokio::test]
 async fn a_job_runs_once_and_before_the_workloads() {
     let place = Place::new("deploy-job");
     let job = |command: &str| {

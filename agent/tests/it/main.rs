@@ -1,6 +1,7 @@
 //! Landfall from outside, on real Docker, a real cluster and real git. `make test` sets up what these need.
 
 mod agents;
+mod browser;
 mod checkout;
 mod checkout_ssh;
 mod cli;

@@ -5,7 +5,8 @@ use landfall::builds::{Build, Cause, Stage};
 use landfall::config::{Docker, Environment};
 use landfall::release::{AppliedObject, Change, Evidence, Release};
 use landfall::stages::{
-    Applied, Live, RolledOut, Scope, StageError, StageResult, listening, smoke_test, soak, verify,
+    Applied, Live, RolledOut, Scope, StageError, StageResult, job, listening, smoke_test, soak,
+    verify,
     verify::{Known, Show},
 };
 use serde_json::{Value, json};
@@ -116,8 +117,14 @@ impl Stand {
     pub async fn verify(&self) -> StageResult<RolledOut> {
         let applied = self.apply();
         let log = self.log.stage(Stage::Verify);
+        let scope = self.scope(&log);
+        let cluster = scope.cluster().await?;
+        // As the deploy does.
+        for object in applied.objects.iter().filter(|it| it.kind == "Job") {
+            job::completed(&scope, &cluster, &self.release, object).await?;
+        }
         verify::run(
-            &self.scope(&log),
+            &scope,
             &self.release,
             &applied,
             &Known::default(),

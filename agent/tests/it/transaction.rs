@@ -376,6 +376,31 @@ async fn a_rollback_that_is_killed_is_finished_by_the_next_start() {
     assert_eq!(landfall.served("/version"), serving);
 }
 
+/// A StatefulSet by itself waits for ever for its broken pod (https://kubernetes.io/docs/concepts/workloads/controllers/statefulset/#forced-rollback).
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pod_in_which_a_stateful_set_is_stuck_is_freed_on_the_way_back() {
+    let mut landfall = Landfall::start("stuck").await;
+    let database = |command: &str| {
+        format!(
+            "apiVersion: apps/v1\nkind: StatefulSet\nmetadata:\n  name: database\nspec:\n  replicas: 2\n  serviceName: database\n  selector:\n    matchLabels:\n      app: database\n  \
+             template:\n    metadata:\n      labels:\n        app: database\n    spec:\n      terminationGracePeriodSeconds: 1\n      containers:\n        - name: database\n          image: {}\n          \
+             command: [sh, -c, \"{command}\"]\n          readinessProbe:\n            exec:\n              command: [\"true\"]\n            periodSeconds: 1\n",
+            busybox()
+        )
+    };
+    let serves = database("sleep 1000");
+    live(&mut landfall, &[("kubernetes/database.yaml", &serves)]).await;
+    let dies = database("echo disk format too old >&2; exit 1");
+    let files = [("kubernetes/database.yaml", dies.as_str())];
+    let build = ends(&mut landfall, &files, ("failed", "rolled_back")).await;
+    let sentence = build["cause"]["sentence"].as_str().unwrap();
+    assert!(sentence.contains("disk format too old"), "{build:#}");
+    let log = landfall.log(build["id"].as_i64().unwrap()).await;
+    assert!(log.contains("pod/database-1"), "{log}");
+    let ready = field(&landfall, "statefulset/database", ".status.readyReplicas");
+    assert_eq!(ready, "2");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_commit_that_failed_is_not_deployed_again_unless_asked() {
     let mut landfall = Landfall::start("quarantine").await;

@@ -1,8 +1,15 @@
 //! Verify and smoke test on the real cluster: what stands is shown, what answers wrongly is told, and blindness is no failure.
 //! Each way in which a rollout can end has its own test in `verdicts`.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use axum::body::Body;
+use axum::extract::Request;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use kube::config::{KubeConfigOptions, Kubeconfig};
 use landfall::builds::Stage;
 use landfall::release::Change;
 use landfall::stages::{
@@ -14,7 +21,7 @@ use serde_json::json;
 use crate::stand::{
     SERVE, Stand, cause, container, deployment, ready_when_it_answers, service, serving,
 };
-use crate::support::{agent_kubeconfig, kubectl};
+use crate::support::{self, agent_kubeconfig, kubeconfig, kubectl};
 use crate::verdicts::claim;
 
 #[tokio::test]
@@ -294,14 +301,122 @@ async fn a_cancel_cuts_the_soak_short_and_the_release_stays_live() {
 }
 
 #[tokio::test]
+async fn pods_that_are_taken_away_in_the_soak_are_no_fault_of_the_release() {
+    let mut stand = Stand::new("taken", serving);
+    stand.verify().await.unwrap();
+    let taking = stand.at("Soak: watching for 15 s", |namespace| {
+        let names = kubectl(&["-n", namespace, "get", "pods", "-o", "name"]);
+        let names: Vec<&str> = names.lines().collect();
+        kubectl(&["-n", namespace, "delete", "--wait=false", names[0]]);
+        // As `kubectl drain` does it.
+        let name = names[1].strip_prefix("pod/").unwrap();
+        let eviction = json!({"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": name, "namespace": namespace}});
+        let path = format!("/api/v1/namespaces/{namespace}/pods/{name}/eviction");
+        support::api("POST", &path, Some(&eviction)).unwrap();
+    });
+    stand
+        .smoke_test(json!([{"get": "/", "service": "web"}]), 15)
+        .await
+        .unwrap();
+    taking.await.unwrap();
+    assert!(stand.log().await.contains("15 s without a restart"));
+}
+
+/// Stands before the API server: it has forgotten every watch (410), and every third request comes too soon for it (429).
+struct BusyServer {
+    url: String,
+    forgotten: AtomicUsize,
+    asked: AtomicUsize,
+}
+
+impl BusyServer {
+    async fn start() -> Arc<Self> {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let server = Arc::new(Self {
+            url: format!("http://{}", listener.local_addr().unwrap()),
+            forgotten: AtomicUsize::new(0),
+            asked: AtomicUsize::new(0),
+        });
+        let options = KubeConfigOptions::default();
+        let file = Kubeconfig::read_from(kubeconfig()).unwrap();
+        let config = kube::Config::from_custom_kubeconfig(file, &options).await;
+        let client = kube::Client::try_from(config.unwrap()).unwrap();
+        let router = axum::Router::new().fallback({
+            let server = server.clone();
+            move |request| server.clone().answer(client.clone(), request)
+        });
+        tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+        server
+    }
+
+    async fn answer(self: Arc<Self>, client: kube::Client, request: Request) -> Response {
+        let query = request.uri().query().unwrap_or_default();
+        if query.contains("watch=") {
+            self.forgotten.fetch_add(1, Ordering::Relaxed);
+            return refusal(StatusCode::GONE, "Expired");
+        }
+        if self.asked.fetch_add(1, Ordering::Relaxed) % 3 == 2 {
+            return refusal(StatusCode::TOO_MANY_REQUESTS, "TooManyRequests");
+        }
+        let (mut parts, body) = request.into_parts();
+        parts.headers.remove("host");
+        let body = axum::body::to_bytes(body, usize::MAX).await.unwrap();
+        let request = axum::http::Request::from_parts(parts, body.to_vec().into());
+        let answer = client.send(request).await.unwrap();
+        answer.map(Body::new).into_response()
+    }
+}
+
+fn refusal(status: StatusCode, reason: &str) -> Response {
+    let said = json!({"apiVersion": "v1", "kind": "Status", "status": "Failure", "reason": reason, "code": status.as_u16()});
+    (status, [("retry-after", "1")], axum::Json(said)).into_response()
+}
+
+#[tokio::test]
+async fn a_server_that_is_busy_and_forgets_its_watches_fails_nothing() {
+    let server = BusyServer::start().await;
+    let mut stand = Stand::new("busy", |namespace| {
+        let mut deployment = deployment(namespace, 2, &format!("sleep 8; {SERVE}"));
+        ready_when_it_answers(&mut deployment);
+        vec![deployment]
+    });
+    let applied = stand.apply();
+    let file = kubeconfig_of(&server.url);
+    stand.environment.kubeconfig = Some(file.path().to_path_buf());
+    let log = stand.log.stage(Stage::Verify);
+    verify::run(
+        &stand.scope(&log),
+        &stand.release,
+        &applied,
+        &Known::default(),
+        Show::All,
+    )
+    .await
+    .unwrap();
+    let told = stand.log().await;
+    assert!(
+        told.contains("deployment/web successfully rolled out"),
+        "{told}"
+    );
+    assert!(server.forgotten.load(Ordering::Relaxed) > 0);
+    assert!(server.asked.load(Ordering::Relaxed) > 3);
+}
+
+/// Of a server that asks nobody who they are.
+fn kubeconfig_of(server: &str) -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::with_suffix(".yaml").unwrap();
+    let config = json!({"apiVersion": "v1", "kind": "Config", "current-context": "x",
+        "clusters": [{"name": "x", "cluster": {"server": server}}],
+        "contexts": [{"name": "x", "context": {"cluster": "x", "user": "x"}}], "users": [{"name": "x", "user": {}}]});
+    std::fs::write(file.path(), config.to_string()).unwrap();
+    file
+}
+
+#[tokio::test]
 async fn a_cluster_out_of_sight_is_never_a_failure_of_the_release() {
     let mut stand = Stand::new("blind", |namespace| vec![deployment(namespace, 1, SERVE)]);
     let applied = stand.apply();
-    let file = tempfile::NamedTempFile::with_suffix(".yaml").unwrap();
-    let nowhere = json!({"apiVersion": "v1", "kind": "Config", "current-context": "x",
-        "clusters": [{"name": "x", "cluster": {"server": "http://127.0.0.1:1"}}],
-        "contexts": [{"name": "x", "context": {"cluster": "x", "user": "x"}}], "users": [{"name": "x", "user": {}}]});
-    std::fs::write(file.path(), nowhere.to_string()).unwrap();
+    let file = kubeconfig_of("http://127.0.0.1:1");
     stand.environment.kubeconfig = Some(file.path().to_path_buf());
     stand.environment.limits.unreachable_seconds = 3;
     let log = stand.log.stage(Stage::Verify);
