@@ -23,8 +23,8 @@ use crate::{docker, github};
 /// Of one check.
 pub const CHECK_LIMIT: Duration = Duration::from_secs(5);
 const DOCKER_MIN: (u32, u32) = (20, 10);
-const DISK_BYTES_MIN: u64 = 1 << 30;
-const DISK_BYTES_WANTED: u64 = 5 << 30;
+/// Beyond what agent.yaml's `min_free_bytes` keeps builds from beginning.
+const DISK_BYTES_SPARE: u64 = 4 << 30;
 
 /// Look at everything that a build needs, and say how to mend what is missing
 #[derive(Debug, Args)]
@@ -85,13 +85,7 @@ fn configuration(path: &str, config: &Config) -> Finding {
 async fn look(config: &Config, path: &str) -> Vec<Finding> {
     let mut checks: Vec<BoxFuture<'_, Vec<Finding>>> = vec![
         limited("agent", check_agent(config, path)).boxed(),
-        async {
-            vec![
-                check_data_dir(&config.data_dir),
-                check_disk(&config.data_dir),
-            ]
-        }
-        .boxed(),
+        async { vec![check_data_dir(&config.data_dir), check_disk(config)] }.boxed(),
         limited("docker", check_docker(&config.docker)).boxed(),
         check_github(config).boxed(),
     ];
@@ -191,7 +185,8 @@ fn nearest(path: &Path) -> &Path {
         .unwrap_or(Path::new("/"))
 }
 
-fn check_disk(data_dir: &Path) -> Finding {
+fn check_disk(config: &Config) -> Finding {
+    let data_dir = &config.data_dir;
     let place = nearest(data_dir);
     let free = match statvfs(place) {
         Ok(found) => found.f_bavail.saturating_mul(found.f_frsize),
@@ -209,10 +204,17 @@ fn check_disk(data_dir: &Path) -> Finding {
         data_dir.display()
     );
     let fix = "make room, or move `data_dir`: trees, build contexts and logs are kept there";
-    match free {
-        0..DISK_BYTES_MIN => Finding::fail("disk", says, fix),
-        DISK_BYTES_MIN..DISK_BYTES_WANTED => Finding::warn("disk", says, fix),
-        _ => Finding::ok("disk", says),
+    let least = config.min_free_bytes;
+    if free < least {
+        let says = format!(
+            "{says}; below {:.1} GiB (`min_free_bytes`) no build begins",
+            bytes_as_gib(least)
+        );
+        return Finding::fail("disk", says, fix);
+    }
+    match free < least.saturating_add(DISK_BYTES_SPARE) {
+        true => Finding::warn("disk", says, fix),
+        false => Finding::ok("disk", says),
     }
 }
 

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::doctor::name;
 use super::findings::Finding;
-use crate::config::{Config, Environment};
+use crate::config::{Config, Environment, is_loopback_url};
 use crate::docker::registry::{self, Logins};
 
 struct Login {
@@ -86,10 +86,12 @@ impl From<reqwest::Error> for Problem {
 }
 
 async fn ask(host: &str, reference: &str, login: Option<&Login>) -> Result<String, Problem> {
-    let http = Client::builder()
-        .redirect(reqwest::redirect::Policy::none())
-        .build()?;
     let base = base(host);
+    let mut http = Client::builder().redirect(reqwest::redirect::Policy::none());
+    if is_loopback_url(&base) {
+        http = http.no_proxy();
+    }
+    let http = http.build()?;
     let answer = http.get(&base).send().await?;
     match answer.status() {
         status if status.is_success() => return Ok(", without a login".to_owned()),

@@ -31,13 +31,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
 use kube::client::AuthError;
-use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError, NamedCluster};
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind, Request, Resource as _, Status};
 use kube::{Client, Config};
 use serde_json::Value;
 
 use crate::builds::Cause;
-use crate::config::Environment;
+use crate::config::{Environment, is_proxied};
 use crate::manifests;
 
 /// How long one request may take; the server's own limit is a minute.
@@ -118,13 +118,16 @@ impl Cluster {
             Some(path) => {
                 let kubeconfig = Kubeconfig::read_from(path)
                     .with_context(|| format!("cannot read the kubeconfig {}", path.display()))?;
-                Config::from_custom_kubeconfig(kubeconfig, &options)
+                of_kubeconfig(kubeconfig, &options)
                     .await
                     .with_context(|| format!("cannot use the kubeconfig {}", path.display()))?
             }
-            None if environment.kubeconfig_of_person => Config::from_kubeconfig(&options)
-                .await
-                .context("cannot use your kubeconfig (--kubeconfig, KUBECONFIG, ~/.kube/config)")?,
+            None if environment.kubeconfig_of_person => {
+                let config = async { of_kubeconfig(Kubeconfig::read()?, &options).await };
+                config.await.context(
+                    "cannot use your kubeconfig (--kubeconfig, KUBECONFIG, ~/.kube/config)",
+                )?
+            }
             None => Config::incluster().with_context(|| {
                 format!(
                     "environment {} has no `kubeconfig`, and this agent runs in no cluster",
@@ -291,6 +294,24 @@ impl Cluster {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// As kubectl goes by a proxy: by the kubeconfig's own, or where the environment's variables send the cluster's address.
+async fn of_kubeconfig(
+    kubeconfig: Kubeconfig,
+    options: &KubeConfigOptions,
+) -> Result<Config, KubeconfigError> {
+    let has_proxy = |named: &NamedCluster| {
+        let cluster = named.cluster.as_ref();
+        cluster.is_some_and(|cluster| cluster.proxy_url.as_ref().is_some_and(|it| !it.is_empty()))
+    };
+    let names_a_proxy = kubeconfig.clusters.iter().any(has_proxy);
+    let mut config = Config::from_custom_kubeconfig(kubeconfig, options).await?;
+    // The library takes the variables for every address, that of this very machine too.
+    if !names_a_proxy && !is_proxied(&config.cluster_url) {
+        config.proxy_url = None;
+    }
+    Ok(config)
 }
 
 /// For one question, which is asked again while it has no good answer; whoever the cluster tells hears of it.

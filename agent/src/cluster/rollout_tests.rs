@@ -30,6 +30,28 @@ fn of_kind<T: serde::de::DeserializeOwned>(documents: &[Value], kind: &str) -> V
         .collect()
 }
 
+#[test]
+fn a_node_that_runs_another_digest_than_was_asked_for_is_remarked() {
+    let snapshot = snapshot(&documents("readiness"), 30);
+    let pods = snapshot.new_pods();
+    let running = pods[0].status.as_ref().unwrap().container_statuses.as_ref();
+    let running = &running.unwrap()[0];
+    let (_, digest) = running.image_id.rsplit_once("sha256:").unwrap();
+    let with = |digest: &str| Target {
+        images: vec![(
+            running.name.clone(),
+            format!("registry/app@sha256:{digest}"),
+        )],
+        ..target(&snapshot)
+    };
+    assert!(remarks(&with(digest), &snapshot).is_empty());
+    let other = "0".repeat(64);
+    let said = remarks(&with(&other), &snapshot);
+    assert_eq!(said.len(), pods.len());
+    let both = [&other[..12], &digest[..12]];
+    assert!(both.iter().all(|part| said[0].contains(part)), "{said:?}");
+}
+
 /// What the fixture shows, `seconds` after its apply.
 fn snapshot(documents: &[Value], seconds: i64) -> Snapshot {
     let deployment: Deployment = of_kind(documents, "Deployment").remove(0);

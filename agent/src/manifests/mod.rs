@@ -98,6 +98,14 @@ pub fn text<'a>(object: &'a Value, pointer: &str) -> &'a str {
         .unwrap_or_default()
 }
 
+/// The condition of a live object's status, where it is true.
+pub fn condition<'a>(object: &'a Value, kind: &str) -> Option<&'a Value> {
+    let conditions = object.pointer("/status/conditions")?.as_array()?;
+    conditions
+        .iter()
+        .find(|condition| text(condition, "/type") == kind && text(condition, "/status") == "True")
+}
+
 /// Shorter lines of a Secret (`true`, `server:`) would mask half of every log, longer ones are known by their beginning.
 const SECRET_LINE_MIN: usize = 8;
 const SECRET_LINE_MAX: usize = 4096;

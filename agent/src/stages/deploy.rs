@@ -17,7 +17,7 @@ use crate::cluster::observe::Observer;
 use crate::cluster::ownership::Taking;
 use crate::cluster::snapshot::Target;
 use crate::cluster::{Cluster, Resource, Trouble, diff};
-use crate::manifests::{api_version, display_name, kind, name, text};
+use crate::manifests::{api_version, condition, display_name, kind, name, text};
 use crate::release::{AppliedObject, Change, Planned, Release};
 
 /// Of all objects, and of the Jobs between them, which have limits of their own.
@@ -402,14 +402,6 @@ async fn make_namespace(
         .log
         .line(format!("namespace/{} created", cluster.namespace));
     Ok(())
-}
-
-/// The condition, where it is true.
-fn condition<'a>(object: &'a Value, kind: &str) -> Option<&'a Value> {
-    let conditions = object.pointer("/status/conditions")?.as_array()?;
-    conditions
-        .iter()
-        .find(|condition| text(condition, "/type") == kind && text(condition, "/status") == "True")
 }
 
 /// A new kind can be used only when the server says so; what discovery said before is old.

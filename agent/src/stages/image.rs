@@ -258,6 +258,8 @@ impl Progress {
 
 #[cfg(test)]
 mod tests {
+    use bollard::models::ProgressDetail;
+
     use super::*;
 
     #[test]
@@ -269,5 +271,26 @@ mod tests {
         );
         assert_eq!(digest_in("k: digest: sha256:short size: 1"), None);
         assert_eq!(digest_in("Pushed"), None);
+    }
+
+    #[test]
+    fn a_push_tells_the_sum_over_its_layers_now_and_then() {
+        let piece = |current: i64, total: i64| PushImageInfo {
+            progress_detail: Some(ProgressDetail {
+                current: Some(current),
+                total: Some(total),
+            }),
+            ..PushImageInfo::default()
+        };
+        let mut progress = Progress::default();
+        assert_eq!(progress.see(&piece(1_000_000, 4_000_000)), None);
+        assert_eq!(progress.see(&PushImageInfo::default()), None);
+        assert_eq!(progress.see(&piece(512, 6_200_000)), None, "too soon");
+        progress.said = progress
+            .said
+            .and_then(|said| said.checked_sub(PROGRESS_EVERY));
+        // The last piece of a layer may say more than all of it.
+        let told = progress.see(&piece(4_000_512, 4_000_000));
+        assert_eq!(told.as_deref(), Some("pushed 4.0 of 10.2 MB"));
     }
 }

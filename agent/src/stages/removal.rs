@@ -17,6 +17,7 @@ use crate::cluster::apply::{self, Removal};
 use crate::cluster::lease::Held;
 use crate::cluster::observe::{BLIND_RETRY, Observer, ask};
 use crate::cluster::snapshot::{Kind, Running, Target, Workload, is_ready, name, uid};
+use crate::manifests::condition;
 use crate::release::{AppliedObject, Change, Release};
 
 /// More than this many objects, or than half of all, are not pruned without the operator's word.
@@ -110,11 +111,7 @@ pub async fn end_jobs(
 }
 
 fn has_ended(job: &Value) -> bool {
-    let conditions = job.pointer("/status/conditions").and_then(Value::as_array);
-    conditions.into_iter().flatten().any(|condition| {
-        matches!(condition["type"].as_str(), Some("Complete" | "Failed"))
-            && condition["status"] == "True"
-    })
+    condition(job, "Complete").is_some() || condition(job, "Failed").is_some()
 }
 
 /// Removes these objects; answers the UIDs that are there no more.

@@ -431,14 +431,14 @@ async fn get_outside(client: &reqwest::Client, address: url::Url) -> Asked {
     let mut response = match client.get(address).send().await {
         Ok(response) => response,
         // The address is in the line already.
-        Err(error) => return Asked::NobodyThere(innermost(&error.without_url())),
+        Err(error) => return nobody_there(error),
     };
     let (status, mut body) = (response.status().as_u16(), Vec::new());
     while body.len() < proxy::BODY_BYTES_MAX {
         match response.chunk().await {
             Ok(Some(chunk)) => body.extend_from_slice(&chunk),
             Ok(None) => break,
-            Err(error) => return Asked::NobodyThere(innermost(&error.without_url())),
+            Err(error) => return nobody_there(error),
         }
     }
     body.truncate(proxy::BODY_BYTES_MAX);
@@ -449,12 +449,10 @@ async fn get_outside(client: &reqwest::Client, address: url::Url) -> Asked {
     })
 }
 
-fn innermost(error: &dyn std::error::Error) -> String {
-    let mut error = error;
-    while let Some(source) = error.source() {
-        error = source;
-    }
-    error.to_string()
+/// In the network's own words.
+fn nobody_there(error: reqwest::Error) -> Asked {
+    let error = anyhow::Error::new(error.without_url());
+    Asked::NobodyThere(error.root_cause().to_string())
 }
 
 #[cfg(test)]

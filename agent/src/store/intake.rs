@@ -432,16 +432,6 @@ impl Store {
         stored.await.context("the intake has ended")?
     }
 
-    /// The body of a stored delivery, as it came; None where there is no such delivery.
-    pub async fn delivered_body(&self, id: i64) -> anyhow::Result<Option<Vec<u8>>> {
-        let stored: Option<(Vec<u8>, i64)> = on!(&self.main, pool => sqlx::query_as("SELECT body, body_format FROM deliveries WHERE id = $1")
-            .bind(id).fetch_optional(pool).await?);
-        match stored {
-            Some((body, LZ4_BLOCK)) => Ok(Some(lz4_flex::decompress_size_prepended(&body)?)),
-            stored => Ok(stored.map(|(body, _)| body)),
-        }
-    }
-
     /// The commit of the newest push that an environment accepted, whatever became of it.
     pub async fn newest_push(
         &self,
@@ -541,6 +531,18 @@ mod tests {
 
     const ZERO: &str = "0000000000000000000000000000000000000000";
 
+    impl Store {
+        /// The body of a stored delivery, as it came; None where there is no such delivery.
+        async fn delivered_body(&self, id: i64) -> anyhow::Result<Option<Vec<u8>>> {
+            let stored: Option<(Vec<u8>, i64)> = on!(&self.main, pool => sqlx::query_as("SELECT body, body_format FROM deliveries WHERE id = $1")
+                .bind(id).fetch_optional(pool).await?);
+            match stored {
+                Some((body, LZ4_BLOCK)) => Ok(Some(lz4_flex::decompress_size_prepended(&body)?)),
+                stored => Ok(stored.map(|(body, _)| body)),
+            }
+        }
+    }
+
     async fn store() -> (tempfile::TempDir, Store) {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(folder.path(), None).await.unwrap();
@@ -633,6 +635,22 @@ mod tests {
         assert_eq!(status(&store, first.build).await, Status::Superseded);
         assert_eq!(second.status, Status::Superseded);
         assert_eq!(status(&store, third.build).await, Status::Queued);
+    }
+
+    #[tokio::test]
+    async fn back_and_forth_between_two_commits_are_pushes_of_their_own() {
+        let (_folder, store) = store().await;
+        let moves = [(ZERO, "a"), ("a", "b"), ("b", "a"), ("a", "b"), ("b", "a")];
+        let mut builds = Vec::new();
+        for (before, after) in moves {
+            let accepted = accept(&store, before, after).await;
+            assert!(!accepted.duplicate, "{before} to {after}");
+            builds.push(accepted.build);
+        }
+        let last = builds.pop().unwrap();
+        assert_eq!(status(&store, last).await, Status::Queued);
+        let newest = store.newest_push("hello", "main").await.unwrap();
+        assert_eq!(newest.as_deref(), Some("a"));
     }
 
     #[tokio::test]

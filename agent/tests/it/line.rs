@@ -482,7 +482,24 @@ async fn a_delivery_that_is_no_push_for_us_is_said_to_be_ignored() {
         ),
         ("push", deleted),
     ];
-    for (event, payload) in table {
+    // A ref is text, whatever it holds.
+    let long = format!("refs/heads/{}", "ä".repeat(120));
+    let hostile = [
+        "refs/heads/main;reboot",
+        "refs/heads/$(reboot)",
+        "refs/heads/ma in",
+        "refs/heads/--upload-pack=reboot",
+        "refs/heads/../main",
+        "refs/heads/main\u{0}",
+        "refs/heads/",
+        "main",
+        &long,
+    ];
+    let hostile = hostile.map(|reference| {
+        let payload = push_payload("acme/hello", reference, &a, &b);
+        ("push", payload)
+    });
+    for (event, payload) in table.into_iter().chain(hostile) {
         let body = payload.to_string();
         let (status, answer) = landfall
             .post(
@@ -524,6 +541,17 @@ async fn a_delivery_that_is_no_push_for_us_is_said_to_be_ignored() {
         .await
         .0;
     assert_eq!(status, 413);
+    // Nobody says how much comes.
+    let piece = vec![b' '; 1 << 20];
+    let pieces = (0..26).map(move |_| Ok::<_, std::io::Error>(piece.clone()));
+    let pieces = reqwest::Body::wrap_stream(tokio_stream::iter(pieces));
+    let endless = landfall
+        .request(reqwest::Method::POST, "/webhook")
+        .header("x-github-event", "push")
+        .header("content-type", "application/json")
+        .header("x-hub-signature-256", sign(secret(), b""))
+        .body(pieces);
+    assert_eq!(endless.send().await.unwrap().status(), 413);
     let body = b"{}".to_vec();
     let headers = [
         ("x-hub-signature-256", sign(secret(), &body)),
@@ -580,6 +608,71 @@ async fn a_push_is_built_for_each_environment_of_its_branch_at_once_or_in_turns(
     assert_eq!([&one["status"], &other["status"]], ["failed", "failed"]);
     let (a, b) = (times(&one), times(&other));
     assert!(a.end <= b.start || b.end <= a.start, "{a:?} {b:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_webhook_may_have_an_address_and_two_secrets_of_its_own_and_the_page_a_token() {
+    let mut landfall = Landfall::start("apart").await;
+    let port = crate::landfall::free_port();
+    let apart = format!("\nwebhook_listen: 127.0.0.1:{port}\nread_access: token\ndata_dir:");
+    landfall.restart("\ndata_dir:", &apart, &[]).await;
+    let newer = "a newer secret of more than 32 bytes";
+    let both = format!("webhook_secrets: [{newer}, {}]", secret());
+    let one = format!("webhook_secrets: [{}]", secret());
+    landfall.restart(&one, &both, &[]).await;
+
+    let http = reqwest::Client::builder().no_proxy().build().unwrap();
+    let elsewhere = format!("http://127.0.0.1:{port}");
+    let commit = landfall.commit(&[]);
+    let body = landfall.payload(&commit).to_string();
+    for (key, status, is_repeated) in [
+        (newer, 202, json!(false)),
+        (secret(), 202, json!(true)),
+        (
+            "a secret of nobody, of more than 32 bytes",
+            401,
+            Value::Null,
+        ),
+    ] {
+        let delivery = http
+            .post(format!("{elsewhere}/webhook"))
+            .header("x-github-event", "push")
+            .header("content-type", "application/json")
+            .header("x-hub-signature-256", sign(key, body.as_bytes()))
+            .body(body.clone());
+        let answer = delivery.send().await.unwrap();
+        assert_eq!(answer.status(), status, "{key}");
+        let answer: Value = answer.json().await.unwrap_or_default();
+        assert_eq!(answer["builds"][0]["duplicate"], is_repeated, "{answer}");
+    }
+    // Each has its own place, and no other.
+    let signed = sign(secret(), body.as_bytes());
+    let signed = [("x-hub-signature-256", signed.as_str())];
+    let (status, _) = landfall.post("push", &signed, body.into_bytes()).await;
+    assert!(matches!(status, 404 | 405), "{status}");
+    let token = std::fs::read_to_string(landfall.path("data/admin-token")).unwrap();
+    for path in ["/", "/api/builds", "/metrics"] {
+        let there = http.get(format!("{elsewhere}{path}"));
+        let there = there.bearer_auth(token.trim()).send().await.unwrap();
+        assert_eq!(there.status(), 404, "{path}");
+        // Numbers alone are everybody's.
+        let wanted = if path == "/metrics" { 200 } else { 401 };
+        let without = landfall.request(reqwest::Method::GET, path);
+        assert_eq!(without.send().await.unwrap().status(), wanted, "{path}");
+    }
+    let get = || landfall.request(reqwest::Method::GET, "/api/builds");
+    let bearer = get().bearer_auth(token.trim()).send().await.unwrap();
+    assert_eq!(bearer.status(), 200);
+    let basic = get().basic_auth("anybody", Some(token.trim()));
+    assert_eq!(basic.send().await.unwrap().status(), 200);
+    let wrong = get().basic_auth("anybody", Some("wrong"));
+    assert_eq!(wrong.send().await.unwrap().status(), 401);
+    // Another site could make a browser send a password.
+    let write = landfall.request(reqwest::Method::POST, "/api/builds");
+    let write = write
+        .basic_auth("anybody", Some(token.trim()))
+        .json(&json!({}));
+    assert_eq!(write.send().await.unwrap().status(), 401);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -684,6 +777,20 @@ async fn the_doctor_finds_nothing_wrong_where_all_is_well() {
         "{code:?}: {said}"
     );
     assert!(said.contains("that releases need"), "{said}");
+
+    // The same where the rest of the world is behind a proxy.
+    let variables = ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"];
+    let variables = variables.map(|name| (name, "http://127.0.0.1:1"));
+    let mut doctor = landfall.command(&["doctor", "--config", "agent.yaml"]);
+    let output = doctor.envs(variables).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{said}");
+    landfall
+        .restart("data_dir: data\n", "data_dir: data\n", &variables)
+        .await;
+    let id = landfall.push(&[]).await;
+    let build = landfall.end(id).await;
+    assert_eq!(build["outcome"], "live", "{build:#}");
 
     let role = format!(
         "/apis/rbac.authorization.k8s.io/v1/namespaces/{}/roles/landfall-agent",
@@ -1080,9 +1187,18 @@ async fn no_build_begins_on_a_full_disk_and_they_go_on_with_room() {
     let full = "data_dir: data\nmin_free_bytes: 9000000000000000000\n";
     landfall.restart("data_dir: data\n", full, &[]).await;
     let waits = landfall.push(&[]).await;
-    // Three turns of the queue.
-    tokio::time::sleep(Duration::from_secs(3)).await;
+    eventually("the agent says so", Duration::from_secs(20), async || {
+        let log = std::fs::read_to_string(landfall.path("agent.log")).unwrap();
+        log.contains("no build begins").then_some(())
+    })
+    .await;
     assert_eq!(landfall.build(waits).await["status"], "queued");
+    let (code, said) = landfall.run_command(&["doctor"]);
+    assert_eq!(code, Some(5), "{said}");
+    assert!(
+        said.contains("(`min_free_bytes`) no build begins"),
+        "{said}"
+    );
     landfall.restart(full, "data_dir: data\n", &[]).await;
     assert_eq!(landfall.end(waits).await["outcome"], "live");
 }

@@ -188,11 +188,81 @@ fn shell(folder: &Path, lines: &str) -> String {
     said
 }
 
+/// What people look for in an example, and copy.
+#[test]
+fn the_manifests_say_what_the_readme_promises_of_them() {
+    let read = |name: &str| -> Value {
+        let path = format!("{ROOT}/kubernetes/{name}.yaml");
+        serde_yaml::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+    };
+    let deployment = read("deployment");
+    let spec = &deployment["spec"];
+    assert_eq!(spec["replicas"], 3);
+    let rolling = json!({"maxSurge": 1, "maxUnavailable": 1});
+    assert_eq!(
+        spec["strategy"],
+        json!({"type": "RollingUpdate", "rollingUpdate": rolling})
+    );
+    let pod = &spec["template"]["spec"];
+    assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
+    assert_eq!(
+        pod["securityContext"]["seccompProfile"]["type"],
+        "RuntimeDefault"
+    );
+    let container = &pod["containers"][0];
+    assert_eq!(
+        container["resources"]["requests"],
+        json!({"cpu": "100m", "memory": "128Mi"})
+    );
+    assert_eq!(
+        container["resources"]["limits"],
+        json!({"cpu": "200m", "memory": "256Mi"})
+    );
+    assert_eq!(container["securityContext"]["readOnlyRootFilesystem"], true);
+    for probe in ["livenessProbe", "readinessProbe", "startupProbe"] {
+        assert!(container[probe]["httpGet"].is_object(), "{probe}");
+    }
+    let production = json!({"name": "APP_ENV", "value": "production"});
+    assert!(container["env"].as_array().unwrap().contains(&production));
+
+    let port = &read("service")["spec"]["ports"][0];
+    assert_eq!(
+        (&port["port"], &port["nodePort"]),
+        (&json!(80), &json!(30008))
+    );
+    let ports = container["ports"].as_array().unwrap();
+    let leads_to =
+        |it: &&Value| it["name"] == port["targetPort"] || it["containerPort"] == port["targetPort"];
+    assert_eq!(ports.iter().find(leads_to).unwrap()["containerPort"], 5000);
+
+    let hpa = read("hpa");
+    let spec = &hpa["spec"];
+    assert_eq!(hpa["apiVersion"], "autoscaling/v2");
+    assert_eq!(
+        (&spec["minReplicas"], &spec["maxReplicas"]),
+        (&json!(2), &json!(10))
+    );
+    let metrics = spec["metrics"].as_array().unwrap().iter();
+    let targets: Vec<_> = metrics
+        .map(|metric| {
+            (
+                &metric["resource"]["name"],
+                &metric["resource"]["target"]["averageUtilization"],
+            )
+        })
+        .collect();
+    assert_eq!(
+        targets,
+        [(&json!("cpu"), &json!(70)), (&json!("memory"), &json!(80))]
+    );
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_demos_own_line_takes_a_changed_greeting_live() {
     let _alone = Alone::wait().await;
     let _namespace = Namespace::anew("hello-axum");
     let demo = Demo::new();
+    demo.interrupt_after("[demo] Docker: ");
     demo.interrupt_after("build #1 queued");
     let said = demo.run(&[]);
     for told in ["/hello.git /tmp/hello", "Hello, World!", "[demo] all of it"] {

@@ -3,14 +3,23 @@
 //! File, then `LANDFALL_*` variables over it, then `LANDFALL_*_FILE` for secrets. Relative paths are relative to the
 //! file. Nothing that a repository or a payload says ever reaches this module.
 
+mod access;
+mod secret;
+mod variables;
+
 use std::collections::{BTreeMap, HashSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 use serde::Deserialize;
 
+pub use self::access::{Access, reachable};
+pub use self::secret::Secret;
+#[cfg(debug_assertions)]
+pub use self::variables::fail_point;
+pub use self::variables::{is_proxied, log_filter, no_color, program, variables_for_git};
 use crate::diagnostic;
 
 /// The operator's file, where no other is named.
@@ -108,28 +117,6 @@ impl Environment {
             limits: Limits::default(),
         }
     }
-}
-
-/// Where a program of this machine is, by its PATH.
-pub fn program(name: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH")?;
-    let mut found = std::env::split_paths(&path).map(|folder| folder.join(name));
-    found.find(|program| program.is_file())
-}
-
-/// What the git process keeps of the environment: where programs and certificate authorities are.
-pub fn variables_for_git() -> impl Iterator<Item = (&'static str, std::ffi::OsString)> {
-    ["PATH", "SSL_CERT_FILE", "SSL_CERT_DIR"]
-        .into_iter()
-        .filter_map(|name| Some((name, std::env::var_os(name)?)))
-}
-
-/// `LANDFALL_FAIL_POINT=NAME:COUNT`, of the tests.
-#[cfg(debug_assertions)]
-pub fn fail_point() -> Option<(String, u64)> {
-    let wanted = std::env::var("LANDFALL_FAIL_POINT").ok()?;
-    let (name, count) = wanted.rsplit_once(':')?;
-    Some((name.to_owned(), count.parse().ok()?))
 }
 
 /// What is kept, and how long.
@@ -296,61 +283,6 @@ impl Default for Limits {
             log_bytes: 1 << 30,
             unreachable_seconds: 60,
         }
-    }
-}
-
-/// A secret: the text itself, or the file that holds it. Never printed, never serialised.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(from = "SecretAsWritten")]
-pub enum Secret {
-    Text(SecretString),
-    /// Read when the configuration is loaded.
-    File(PathBuf),
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum SecretAsWritten {
-    Text(String),
-    File { file: PathBuf },
-}
-
-impl From<SecretAsWritten> for Secret {
-    fn from(written: SecretAsWritten) -> Self {
-        match written {
-            SecretAsWritten::Text(text) => Self::Text(SecretString::from(text)),
-            SecretAsWritten::File { file } => Self::File(file),
-        }
-    }
-}
-
-impl Secret {
-    pub fn expose(&self) -> &str {
-        match self {
-            Self::Text(text) => text.expose_secret(),
-            Self::File(_) => {
-                unreachable!("secret files are read when the configuration is loaded")
-            }
-        }
-    }
-
-    fn read(&mut self, base: &Path) -> anyhow::Result<()> {
-        if let Self::File(file) = self {
-            *self = Self::from_file(&base.join(&*file))?;
-        }
-        Ok(())
-    }
-
-    fn from_file(path: &Path) -> anyhow::Result<Self> {
-        let text = std::fs::read_to_string(path)
-            .with_context(|| format!("cannot read the secret file {}", path.display()))?;
-        let text = text.trim_end_matches(['\n', '\r']);
-        anyhow::ensure!(
-            !text.trim().is_empty(),
-            "the secret file {} is empty",
-            path.display()
-        );
-        Ok(Self::Text(SecretString::from(text)))
     }
 }
 
@@ -621,74 +553,6 @@ impl Environment {
     }
 }
 
-/// How the command line reaches an agent.
-#[derive(Debug, Clone)]
-pub struct Access {
-    /// Without a slash at its end.
-    pub server: String,
-    pub token: Option<Secret>,
-}
-
-impl Access {
-    /// `--server`, then `LANDFALL_SERVER`, then `listen` of agent.yaml; the token of `LANDFALL_TOKEN`, of the file that
-    /// `LANDFALL_TOKEN_FILE` names, or of `data_dir/admin-token`. That last one is only for an agent on this machine.
-    pub fn find(server: Option<&str>, config_path: Option<&Path>) -> anyhow::Result<Self> {
-        Self::find_with(server, config_path, &|name| std::env::var(name).ok())
-    }
-
-    /// As `find`, with the variables given: what tests call.
-    pub fn find_with(
-        server: Option<&str>,
-        config_path: Option<&Path>,
-        variable: &dyn Fn(&str) -> Option<String>,
-    ) -> anyhow::Result<Self> {
-        let config = match config_path {
-            Some(path) => Some(Config::load_with(path, variable)?),
-            None => Config::load_with(Path::new(AGENT_YAML), variable).ok(),
-        };
-        let listen = config.as_ref().map(|config| reachable(config.listen));
-        let server = server
-            .map(str::to_owned)
-            .or_else(|| variable("LANDFALL_SERVER").filter(|server| !server.is_empty()))
-            .or_else(|| listen.map(|listen| format!("http://{listen}")))
-            .unwrap_or_else(|| format!("http://{}", self::listen()));
-        let server = server.trim_end_matches('/').to_owned();
-        let is_here = is_loopback_url(&server);
-        let token = match variable("LANDFALL_TOKEN_FILE") {
-            Some(path) => Some(Secret::from_file(Path::new(&path))?),
-            None => variable("LANDFALL_TOKEN").map(|text| Secret::Text(SecretString::from(text))),
-        };
-        let file = config.map(|config| config.data_dir.join("admin-token"));
-        let token = token.or_else(|| Secret::from_file(&file.filter(|_| is_here)?).ok());
-        Ok(Self { server, token })
-    }
-}
-
-/// What to connect to where somebody listens on all addresses.
-pub fn reachable(listen: SocketAddr) -> SocketAddr {
-    match listen.ip() {
-        ip if !ip.is_unspecified() => listen,
-        std::net::IpAddr::V4(_) => (std::net::Ipv4Addr::LOCALHOST, listen.port()).into(),
-        std::net::IpAddr::V6(_) => (std::net::Ipv6Addr::LOCALHOST, listen.port()).into(),
-    }
-}
-
-/// Which of our own lines the operator wants to see: `LANDFALL_LOG`, then `RUST_LOG`, in the words of `EnvFilter`.
-pub fn log_filter() -> Option<String> {
-    let variable = |name| {
-        std::env::var(name)
-            .ok()
-            .filter(|text: &String| !text.is_empty())
-    };
-    variable("LANDFALL_LOG").or_else(|| variable("RUST_LOG"))
-}
-
-/// Whether `NO_COLOR`, or a terminal that knows none, forbids colours.
-pub fn no_color() -> bool {
-    std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
-        || std::env::var_os("TERM").is_some_and(|value| value == "dumb")
-}
-
 fn url_has_user(url: &str) -> bool {
     url::Url::parse(url).is_ok_and(|url| !url.username().is_empty())
 }
@@ -732,7 +596,7 @@ fn kinds() -> Vec<String> {
 mod tests {
     use super::*;
 
-    const ENVIRONMENT: &str = "environments:\n  - name: hello\n    repository: acme/hello\n    branch: main\n    clone_url: https://github.com/acme/hello\n    webhook_secrets: [0123456789abcdef0123456789abcdef]\n    namespace: hello\n    image_prefix: localhost:5001\n";
+    pub const ENVIRONMENT: &str = "environments:\n  - name: hello\n    repository: acme/hello\n    branch: main\n    clone_url: https://github.com/acme/hello\n    webhook_secrets: [0123456789abcdef0123456789abcdef]\n    namespace: hello\n    image_prefix: localhost:5001\n";
 
     fn load(text: &str, variables: &[(&str, &str)]) -> anyhow::Result<Config> {
         let folder = tempfile::tempdir()?;
@@ -746,7 +610,7 @@ mod tests {
         })
     }
 
-    const README: &str = include_str!("../../README.md");
+    const README: &str = include_str!("../../../README.md");
 
     #[test]
     fn the_agent_yaml_of_the_readme_is_read_and_its_defaults_are_ours() {
@@ -835,44 +699,6 @@ mod tests {
         assert!(to("http://example.org/hello.git").is_err());
         assert!(to("file:///etc").is_err());
         assert!(to("https://me:secret@example.org/x.git").is_err());
-    }
-
-    #[test]
-    fn the_admin_token_goes_to_this_machine_only() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join(AGENT_YAML);
-        std::fs::write(
-            &path,
-            format!("listen: 0.0.0.0:9000\nread_access: token\n{ENVIRONMENT}"),
-        )
-        .unwrap();
-        std::fs::create_dir(folder.path().join("data")).unwrap();
-        std::fs::write(folder.path().join("data/admin-token"), "admin\n").unwrap();
-        let find = |server: Option<&str>, variables: &[(&str, &str)]| {
-            let variable = |name: &str| {
-                let found = variables.iter().find(|(n, _)| *n == name);
-                found.map(|(_, value)| (*value).to_owned())
-            };
-            let access = Access::find_with(server, Some(&path), &variable).unwrap();
-            (
-                access.server,
-                access.token.map(|token| token.expose().to_owned()),
-            )
-        };
-        let own = ("http://127.0.0.1:9000".to_owned(), Some("admin".to_owned()));
-        assert_eq!(find(None, &[]), own.clone());
-        assert_eq!(find(None, &[("LANDFALL_SERVER", "")]), own);
-        let away = [("LANDFALL_SERVER", "https://ci.example.org/")];
-        assert_eq!(
-            find(None, &away),
-            ("https://ci.example.org".to_owned(), None)
-        );
-        assert_eq!(
-            find(Some("http://localhost:1"), &away).1.as_deref(),
-            Some("admin")
-        );
-        let given = [away[0], ("LANDFALL_TOKEN", "mine")];
-        assert_eq!(find(None, &given).1.as_deref(), Some("mine"));
     }
 
     #[test]
