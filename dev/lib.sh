@@ -52,8 +52,13 @@ apt_get() {
 readonly rust_version_min=1.94 go_version_min=1.25
 
 # What listens on this machine is asked without the proxy.
-no_proxy=127.0.0.1,localhost,${no_proxy:-${NO_PROXY:-}}
+no_proxy=${no_proxy:-${NO_PROXY:-}}
+no_proxy=127.0.0.1,localhost${no_proxy:+,$no_proxy}
 export no_proxy NO_PROXY=$no_proxy
+
+# Otherwise a program that ends well at Ctrl-C would let its script go on.
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
 # The compilers, and what they need besides; a fresh machine has the former.
 need_compilers() {
