@@ -58,7 +58,6 @@ export no_proxy NO_PROXY=$no_proxy
 
 # Otherwise a program that ends well at Ctrl-C would let its script go on.
 trap 'exit 130' INT
-trap 'exit 143' TERM
 
 # The compilers, and what they need besides; a fresh machine has the former.
 need_compilers() {

@@ -114,14 +114,14 @@ async fn take(app: &App, request: Request<Body>) -> Result<Response, Rejection> 
 type InFlight = Option<SemaphorePermit<'static>>;
 
 /// The whole body, within the limits of one delivery and of all that are in flight until they are stored.
-async fn read(headers: &HeaderMap, body: Body) -> Result<(Vec<u8>, InFlight), Rejection> {
+async fn read(headers: &HeaderMap, mut body: Body) -> Result<(Vec<u8>, InFlight), Rejection> {
     let announced = header_text(headers, "content-length").parse::<usize>().ok();
     if announced.is_some_and(|bytes| bytes > BODY_BYTES_MAX) {
         drain(body).await;
         return Err(Rejection::TooLarge);
     }
     let reading = async {
-        let mut body = Limited::new(body, BODY_BYTES_MAX);
+        let mut body = Limited::new(&mut body, BODY_BYTES_MAX);
         let (mut bytes, mut in_flight): (_, InFlight) = (Vec::new(), None);
         while let Some(frame) = body.frame().await {
             let frame = frame.map_err(|error| match error.is::<LengthLimitError>() {
@@ -148,13 +148,17 @@ async fn read(headers: &HeaderMap, body: Body) -> Result<(Vec<u8>, InFlight), Re
         }
         Ok((bytes, in_flight))
     };
-    tokio::time::timeout(BODY_TIMEOUT, reading)
+    let read = tokio::time::timeout(BODY_TIMEOUT, reading)
         .await
         .unwrap_or_else(|_| {
             Err(Rejection::Unreadable(
                 "the body did not come in time".to_owned(),
             ))
-        })
+        });
+    if matches!(read, Err(Rejection::TooLarge)) {
+        drain(body).await;
+    }
+    read
 }
 
 /// Who still sends when the connection ends sees a broken pipe, and not the answer: so a little more is taken and dropped.

@@ -17,7 +17,7 @@ use crate::config::Docker;
 use crate::pipeline::Verify;
 use crate::release::{AppliedObject, Change};
 use crate::stages::verify::{self, Known, Show};
-use crate::stages::{Applied, StageError};
+use crate::stages::{Applied, StageError, job};
 
 /// Watch a rollout to its end, in the place of `kubectl rollout status`: says why it fails, as soon as that is known
 #[derive(Debug, Args)]
@@ -70,6 +70,8 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         soak_seconds: 0,
     };
     let release = standalone::release(&environment, verify);
+    let (jobs, objects) = objects.into_iter().partition(|object| object.kind == "Job");
+    let jobs: Vec<AppliedObject> = jobs;
     let applied = Applied {
         release_id: 0,
         objects,
@@ -78,11 +80,17 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let (build, docker) = (standalone::build(0), Docker::default());
     let rolled_out = standalone::with_log(Stage::Verify, async |log, cancel| {
         let scope = standalone::scope(&build, &environment, &docker, log, cancel);
-        verify::run(&scope, &release, &applied, &Known::default(), Show::Cause).await
+        for job in &jobs {
+            job::completed(&scope, &cluster, &release, job).await?;
+        }
+        if !applied.objects.is_empty() {
+            verify::run(&scope, &release, &applied, &Known::default(), Show::Cause).await?;
+        }
+        Ok(())
     })
     .await?;
     Ok(match rolled_out {
-        Some(Ok(_)) => ExitCode::SUCCESS,
+        Some(Ok(())) => ExitCode::SUCCESS,
         Some(Err(error)) => standalone::report(&error),
         None => standalone::interrupted(),
     })

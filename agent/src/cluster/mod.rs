@@ -31,13 +31,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
 use kube::client::AuthError;
-use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError, NamedCluster};
+use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind, Request, Resource as _, Status};
 use kube::{Client, Config};
 use serde_json::Value;
 
 use crate::builds::Cause;
-use crate::config::{Environment, is_proxied};
+use crate::config::{Environment, proxy_for};
 use crate::manifests;
 
 /// How long one request may take; the server's own limit is a minute.
@@ -296,22 +296,33 @@ impl Cluster {
     }
 }
 
-/// As kubectl goes by a proxy: by the kubeconfig's own, or where the environment's variables send the cluster's address.
+/// By the proxy of the chosen cluster's own `proxy-url`, else by the one that the environment's variables name for its address: the
+/// library takes theirs for every address, and `NO_PROXY` to be about the proxy.
 async fn of_kubeconfig(
     kubeconfig: Kubeconfig,
     options: &KubeConfigOptions,
-) -> Result<Config, KubeconfigError> {
-    let has_proxy = |named: &NamedCluster| {
-        let cluster = named.cluster.as_ref();
-        cluster.is_some_and(|cluster| cluster.proxy_url.as_ref().is_some_and(|it| !it.is_empty()))
-    };
-    let names_a_proxy = kubeconfig.clusters.iter().any(has_proxy);
+) -> anyhow::Result<Config> {
+    let own = own_proxy(&kubeconfig, options);
     let mut config = Config::from_custom_kubeconfig(kubeconfig, options).await?;
-    // The library takes the variables for every address, that of this very machine too.
-    if !names_a_proxy && !is_proxied(&config.cluster_url) {
-        config.proxy_url = None;
-    }
+    let proxy = own.or_else(|| proxy_for(&config.cluster_url));
+    config.proxy_url = match proxy {
+        Some(proxy) => Some(proxy.parse().context("the proxy's address is none")?),
+        None => None,
+    };
     Ok(config)
+}
+
+fn own_proxy(kubeconfig: &Kubeconfig, options: &KubeConfigOptions) -> Option<String> {
+    let chosen = options
+        .context
+        .as_ref()
+        .or(kubeconfig.current_context.as_ref());
+    let mut contexts = kubeconfig.contexts.iter();
+    let context = contexts.find(|context| Some(&context.name) == chosen)?;
+    let name = &context.context.as_ref()?.cluster;
+    let cluster = kubeconfig.clusters.iter().find(|it| it.name == *name)?;
+    let proxy = cluster.cluster.as_ref()?.proxy_url.clone();
+    proxy.filter(|proxy| !proxy.is_empty())
 }
 
 /// For one question, which is asked again while it has no good answer; whoever the cluster tells hears of it.

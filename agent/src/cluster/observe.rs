@@ -80,7 +80,9 @@ where
     loop {
         let left = REQUEST_LIMIT.saturating_sub(begun.elapsed());
         match tokio::time::timeout(left, question()).await {
-            Ok(Err(kube::Error::Api(status))) if status.code == 429 && left > BUSY_PAUSE => {
+            Ok(Err(kube::Error::Api(status)))
+                if status.code == 429 && begun.elapsed() + BUSY_PAUSE < REQUEST_LIMIT =>
+            {
                 tokio::time::sleep(BUSY_PAUSE).await;
             }
             Ok(answer) => return answer.map_err(|error| Unseen::new(what, error)),

@@ -45,8 +45,66 @@ pub fn no_color() -> bool {
         || std::env::var_os("TERM").is_some_and(|value| value == "dumb")
 }
 
-/// Whether `HTTPS_PROXY`, `HTTP_PROXY`, `ALL_PROXY` and `NO_PROXY` send requests for this address to a proxy. None leads to this very
-/// machine.
-pub fn is_proxied(address: &Uri) -> bool {
-    !is_loopback_url(&address.to_string()) && Matcher::from_env().intercept(address).is_some()
+/// The proxy that `HTTPS_PROXY`, `HTTP_PROXY` and `ALL_PROXY` name for requests to this address, unless `NO_PROXY` leaves it out. None
+/// leads to this very machine.
+pub fn proxy_for(address: &Uri) -> Option<String> {
+    proxy_by(address, &|name| std::env::var(name).ok())
+}
+
+/// As `proxy_for`, with the variables given: what tests call.
+fn proxy_by(address: &Uri, variable: &dyn Fn(&str) -> Option<String>) -> Option<String> {
+    if is_loopback_url(&address.to_string()) {
+        return None;
+    }
+    let value = |name: &str| {
+        let either = [name.to_owned(), name.to_lowercase()];
+        let mut given = either.iter().filter_map(|name| variable(name));
+        given.find(|value| !value.is_empty())
+    };
+    let scheme = address.scheme_str().unwrap_or("https").to_uppercase();
+    let proxy = value(&format!("{scheme}_PROXY")).or_else(|| value("ALL_PROXY"))?;
+    let rules = Matcher::builder()
+        .all(proxy.clone())
+        .no(value("NO_PROXY").unwrap_or_default())
+        .build();
+    rules.intercept(address)?;
+    match proxy.contains("://") {
+        true => Some(proxy),
+        false => Some(format!("http://{proxy}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_proxy_is_for_who_is_neither_here_nor_left_out() {
+        let proxy = |address: &str, variables: &[(&str, &str)]| {
+            let variable = |name: &str| {
+                let found = variables.iter().find(|(known, _)| *known == name);
+                found.map(|(_, value)| (*value).to_owned())
+            };
+            proxy_by(&address.parse().unwrap(), &variable)
+        };
+        let away = "https://10.1.2.3:6443";
+        let given = ("HTTPS_PROXY", "http://me:word@10.9.9.9:3128");
+        let through = Some(given.1.to_owned());
+        assert_eq!(proxy(away, &[]), None);
+        assert_eq!(proxy(away, &[given]), through);
+        assert_eq!(proxy("https://127.0.0.1:6443", &[given]), None);
+        assert_eq!(proxy("https://localhost:6443", &[given]), None);
+        assert_eq!(proxy(away, &[given, ("NO_PROXY", "10.1.0.0/16,")]), None);
+        assert_eq!(proxy(away, &[given, ("no_proxy", "10.9.9.9")]), through);
+        assert_eq!(
+            proxy(
+                "https://k.example.org",
+                &[given, ("NO_PROXY", "example.org")]
+            ),
+            None
+        );
+        let bare = [("HTTPS_PROXY", ""), ("all_proxy", "proxy:3128")];
+        assert_eq!(proxy(away, &bare).as_deref(), Some("http://proxy:3128"));
+        assert_eq!(proxy(away, &[("HTTP_PROXY", "http://proxy")]), None);
+    }
 }

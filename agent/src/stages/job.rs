@@ -5,12 +5,12 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::time::Instant;
 
-use super::{Scope, StageError, StageResult, limited};
+use super::{Scope, StageError, StageResult};
 use crate::builds::Cause;
 use crate::cluster::Cluster;
 use crate::cluster::observe::{BLIND_RETRY, Observer, Sight};
 use crate::cluster::rollout::{self, History, Verdict};
-use crate::cluster::snapshot::Target;
+use crate::cluster::snapshot::{Snapshot, Target};
 use crate::release::{AppliedObject, Release};
 
 const POLL: Duration = Duration::from_millis(250);
@@ -36,49 +36,59 @@ pub async fn completed(
         .and_then(Value::as_u64)
         .map(|seconds| seconds.saturating_add(DEADLINE_SLACK_SECONDS));
     let limit = Duration::from_secs(own.unwrap_or(release.verify.timeout_seconds));
-    let shown = job.display_name();
-    limited(scope, &shown, limit, watch(scope, cluster, &target)).await
+    tokio::select! {
+        biased;
+        () = scope.cancel.cancelled() => Err(StageError::Canceled),
+        watched = watch(scope, cluster, &target, limit) => watched,
+    }
 }
 
-async fn watch(scope: &Scope<'_>, cluster: &Cluster, target: &Target) -> StageResult<()> {
+async fn watch(
+    scope: &Scope<'_>,
+    cluster: &Cluster,
+    target: &Target,
+    limit: Duration,
+) -> StageResult<()> {
     let log = scope.log;
     let shown = target.display_name();
     let mut observer = Observer::new(cluster);
     let mut history = History::default();
     let mut sight = Sight::new(cluster.unreachable);
+    let mut deadline = Instant::now() + limit;
     let mut told = String::new();
     let mut gone = None;
     loop {
-        match observer.snapshot(target).await {
+        let looked = match observer.snapshot(target).await {
+            Ok(Some(snapshot)) => Ok(Look::There(Box::new(snapshot))),
+            Ok(None) => observer.has_completed(target).await.map(Look::Gone),
+            Err(unseen) => Err(unseen),
+        };
+        let look = match looked {
+            Ok(look) => look,
             Err(unseen) => {
                 sight.unseen(unseen)?;
                 tokio::time::sleep(BLIND_RETRY).await;
                 continue;
             }
-            Ok(None) => match observer.has_completed(target).await {
-                Err(unseen) => {
-                    sight.unseen(unseen)?;
-                    tokio::time::sleep(BLIND_RETRY).await;
-                    continue;
-                }
-                Ok(true) => {
-                    // Its own `ttlSecondsAfterFinished` was quicker than we.
-                    log.line(format!("{shown} is complete, and gone already"));
-                    return Ok(());
-                }
-                // The event may come a moment after the Job has gone.
-                Ok(false) if gone.get_or_insert_with(Instant::now).elapsed() < EVENT_LIMIT => {
-                    tokio::time::sleep(POLL).await;
-                    continue;
-                }
-                Ok(false) => {
+        };
+        // Time in which nothing could be seen is not the Job's.
+        deadline += sight.seen().unwrap_or_default();
+        match look {
+            Look::Gone(true) => {
+                // Its own `ttlSecondsAfterFinished` was quicker than we.
+                log.line(format!("{shown} is complete, and gone already"));
+                return Ok(());
+            }
+            // The event may come a moment after the Job has gone.
+            Look::Gone(false) => {
+                if gone.get_or_insert_with(Instant::now).elapsed() >= EVENT_LIMIT {
                     let sentence = format!("{shown} was deleted before it was complete");
                     return Err(StageError::Failed(
                         Cause::new("job_failed", sentence).object(shown),
                     ));
                 }
-            },
-            Ok(Some(snapshot)) => match rollout::judge(target, &snapshot, false, &mut history) {
+            }
+            Look::There(snapshot) => match rollout::judge(target, &snapshot, false, &mut history) {
                 Verdict::Complete => {
                     log.line(format!("{shown} is complete"));
                     return Ok(());
@@ -107,6 +117,15 @@ async fn watch(scope: &Scope<'_>, cluster: &Cluster, target: &Target) -> StageRe
                 .lines()
                 .for_each(|line| log.line(format!("  | {line}")));
         }
+        if Instant::now() >= deadline {
+            return Err(StageError::timed_out(&shown, limit));
+        }
         tokio::time::sleep(POLL).await;
     }
+}
+
+enum Look {
+    There(Box<Snapshot>),
+    /// Whether the events say that it had run to its end.
+    Gone(bool),
 }

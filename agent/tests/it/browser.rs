@@ -111,7 +111,7 @@ async fn a_real_browser_shows_a_build_live_over_a_restart_of_the_agent_without_l
     let browser = Browser::start().await;
     let mut landfall = Landfall::start("browser").await;
     let test = "printf '\\033[31mred\\033[0m and <b>no tag</b>\\n'; \
-                for i in 1 2 3 4 5 6 7 8; do printf 'tick %s\\n' $i; sleep 1; done";
+                for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16; do printf 'tick %s\\n' $i; sleep 1; done";
     let id = landfall.push(&[("test.sh", test)]).await;
     landfall.reach(id, "test").await;
 

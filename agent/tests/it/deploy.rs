@@ -739,7 +739,11 @@ async fn an_object_that_is_being_deleted_is_waited_for_and_a_namespace_is_named(
     };
     let release = place.plan(1, &set("new")).await.0.unwrap();
     let letting_go = async {
-        tokio::time::sleep(Duration::from_secs(3)).await;
+        // What it writes into it is lost with it.
+        eventually("it is written", LIMIT, async || {
+            (place.field("configmap/held", ".data.key") == "new").then_some(())
+        })
+        .await;
         let_go();
     };
     let ((applied, log), ()) = tokio::join!(place.apply(1, &release), letting_go);

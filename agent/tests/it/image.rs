@@ -84,18 +84,23 @@ async fn an_image_is_built_pushed_and_known_by_the_registrys_digest() {
         "{log}"
     );
     assert!(log.contains(&built.reference()), "{log}");
-    // The same commit again: nothing is run, and the log says so. A busy engine (20.10) once forgot what it had just built.
-    let mut is_cached = false;
-    for _ in 0..3 {
-        let again = World::new("", "    build_args: { GREETING: hi }\n");
-        let checked_out = again.checked_out(
+    // The same commit again: nothing is run, and the log says so. A busy engine (20.10) once had forgotten what it had just built:
+    // then another commit, and that again.
+    let build = async |greeting: &str| {
+        let world = World::new("", "    build_args: { GREETING: hi }\n");
+        let checked_out = world.checked_out(
             &format!("image: {{ name: {name} }}"),
-            &[("Dockerfile", &text), ("greeting", "salve\n")],
+            &[("Dockerfile", &text), ("greeting", greeting)],
         );
-        image::run(&again.scope(), &checked_out).await.unwrap();
-        let log = again.log().await;
+        image::run(&world.scope(), &checked_out).await.unwrap();
+        let log = world.log().await;
         let mut lines = log.lines();
-        is_cached |= lines.any(|line| line.contains("RUN echo") && line.ends_with("CACHED"));
+        lines.any(|line| line.contains("RUN echo") && line.ends_with("CACHED"))
+    };
+    let mut is_cached = build("salve\n").await;
+    if !is_cached {
+        assert!(!build("ave\n").await, "another file is another step");
+        is_cached = build("ave\n").await;
     }
     assert!(is_cached);
     docker(&["rmi", "-f", &built.tag]);

@@ -97,6 +97,42 @@ fn verify_says_why_a_rollout_fails_long_before_kubectl() {
 }
 
 #[test]
+fn verify_waits_for_a_job_and_says_how_it_ended() {
+    let namespace = Namespace::new("job-by-hand");
+    let job = |name: &str, command: &str| {
+        format!(
+            "---
+apiVersion: batch/v1
+kind: Job
+metadata: {{name: {name}}}
+spec:
+  backoffLimit: 0
+  template:
+    spec:
+      restartPolicy: Never
+      containers: [{{name: main, image: {}, command: [sh, -c, \"{command}\"]}}]
+",
+            busybox()
+        )
+    };
+    let jobs = [
+        job("good", "sleep 3"),
+        job("bad", "echo cannot migrate; exit 9"),
+        job("slow", "sleep 1000"),
+    ];
+    kubectl_apply(&namespace.0, &jobs.concat());
+    let (code, said) = landfall(&namespace, &["verify", "job/good"]);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("job/good is complete"), "{said}");
+    let (code, said) = landfall(&namespace, &["verify", "job/good", "job/bad"]);
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("cannot migrate"), "{said}");
+    let (code, said) = landfall(&namespace, &["verify", "job/slow", "--timeout", "2s"]);
+    assert_eq!(code, Some(124), "{said}");
+    assert!(said.contains("took longer than 2 s"), "{said}");
+}
+
+#[test]
 fn deploy_goes_live_or_back_without_a_server() {
     let namespace = Namespace::new("deploy-by-hand");
     let folder = tempfile::tempdir().unwrap();
