@@ -47,7 +47,8 @@ use terminal::say;
 
 /// The agent's own words: `info` where it serves, else only what is wrong.
 const LOG_SERVE: &str = "info";
-const LOG_ELSE: &str = "error";
+/// What the API server refuses is told in our own words.
+const LOG_ELSE: &str = "error,kube_client=off";
 
 /// What a command ended with (design section 7).
 pub mod exit {
