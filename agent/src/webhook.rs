@@ -116,11 +116,10 @@ type InFlight = Option<SemaphorePermit<'static>>;
 /// The whole body, within the limits of one delivery and of all that are in flight until they are stored.
 async fn read(headers: &HeaderMap, mut body: Body) -> Result<(Vec<u8>, InFlight), Rejection> {
     let announced = header_text(headers, "content-length").parse::<usize>().ok();
-    if announced.is_some_and(|bytes| bytes > BODY_BYTES_MAX) {
-        drain(body).await;
-        return Err(Rejection::TooLarge);
-    }
     let reading = async {
+        if announced.is_some_and(|bytes| bytes > BODY_BYTES_MAX) {
+            return Err(Rejection::TooLarge);
+        }
         let mut body = Limited::new(&mut body, BODY_BYTES_MAX);
         let (mut bytes, mut in_flight): (_, InFlight) = (Vec::new(), None);
         while let Some(frame) = body.frame().await {

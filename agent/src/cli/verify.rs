@@ -70,8 +70,6 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         soak_seconds: 0,
     };
     let release = standalone::release(&environment, verify);
-    let (jobs, objects) = objects.into_iter().partition(|object| object.kind == "Job");
-    let jobs: Vec<AppliedObject> = jobs;
     let applied = Applied {
         release_id: 0,
         objects,
@@ -80,10 +78,11 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let (build, docker) = (standalone::build(0), Docker::default());
     let rolled_out = standalone::with_log(Stage::Verify, async |log, cancel| {
         let scope = standalone::scope(&build, &environment, &docker, log, cancel);
-        for job in &jobs {
+        let is_job = |object: &&AppliedObject| object.kind == "Job";
+        for job in applied.objects.iter().filter(is_job) {
             job::completed(&scope, &cluster, &release, job).await?;
         }
-        if !applied.objects.is_empty() {
+        if !applied.objects.iter().all(|object| is_job(&object)) {
             verify::run(&scope, &release, &applied, &Known::default(), Show::Cause).await?;
         }
         Ok(())

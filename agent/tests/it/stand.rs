@@ -123,14 +123,13 @@ impl Stand {
         for object in applied.objects.iter().filter(|it| it.kind == "Job") {
             job::completed(&scope, &cluster, &self.release, object).await?;
         }
-        verify::run(
-            &scope,
-            &self.release,
-            &applied,
-            &Known::default(),
-            Show::All,
-        )
-        .await
+        self.verify_applied(&applied).await
+    }
+
+    pub async fn verify_applied(&self, applied: &Applied) -> StageResult<RolledOut> {
+        let log = self.log.stage(Stage::Verify);
+        let known = Known::default();
+        verify::run(&self.scope(&log), &self.release, applied, &known, Show::All).await
     }
 
     pub async fn smoke_test(&mut self, tests: Value, soak_seconds: u64) -> StageResult<Live> {

@@ -76,6 +76,13 @@ fn request(
         .unwrap()
 }
 
+/// The API server, as the cluster's admin.
+pub async fn admin() -> kube::Client {
+    let file = Kubeconfig::read_from(kubeconfig()).unwrap();
+    let config = kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await;
+    kube::Client::try_from(config.unwrap()).unwrap()
+}
+
 /// Not on the test's own thread, which may run a runtime already.
 fn as_admin<T: Send>(work: impl AsyncFnOnce(kube::Client) -> T + Send) -> T {
     let asked = || {
@@ -83,12 +90,7 @@ fn as_admin<T: Send>(work: impl AsyncFnOnce(kube::Client) -> T + Send) -> T {
             .enable_all()
             .build()
             .unwrap();
-        runtime.block_on(async {
-            let file = Kubeconfig::read_from(kubeconfig()).unwrap();
-            let config =
-                kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await;
-            work(kube::Client::try_from(config.unwrap()).unwrap()).await
-        })
+        runtime.block_on(async { work(admin().await).await })
     };
     std::thread::scope(|scope| scope.spawn(asked).join().unwrap())
 }

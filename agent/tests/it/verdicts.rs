@@ -224,17 +224,17 @@ pub async fn judge(scenario: &Scenario, over: Option<Objects>) -> Result<Right, 
     match (&scenario.ends, ended) {
         (Well, Ok(_)) => right(0, u32::MAX),
         (Failed(id, words, most), Err(StageError::Failed(cause))) if is(&cause, id, words) => {
-            shown(&log)?;
+            shown(&stand.release.objects, &log)?;
             right(0, *most)
         }
         (Patiently(id, words, least, most), Err(StageError::Failed(cause)))
             if is(&cause, id, words) =>
         {
-            shown(&log)?;
+            shown(&stand.release.objects, &log)?;
             right(*least, *most)
         }
         (OutOfTime(id, words, limit), Err(StageError::Failed(cause))) if is(&cause, id, words) => {
-            shown(&log)?;
+            shown(&stand.release.objects, &log)?;
             right(*limit, *limit + 8)
         }
         (_, ended) => Err(format!("after {took:.1} s: {ended:?}\n{log}")),
@@ -268,11 +268,9 @@ fn is(cause: &Cause, id: &str, words: &str) -> bool {
 }
 
 /// Of a Job its own words: nothing is rolled out yet.
-fn shown(log: &str) -> Result<(), String> {
-    match ["Deployments", "Pods", "job/"]
-        .iter()
-        .any(|it| log.contains(it))
-    {
+fn shown(stands: &[Value], log: &str) -> Result<(), String> {
+    let is_told = stands.iter().any(|it| it["kind"] == "Job") && log.contains("job/");
+    match is_told || log.contains("Deployments") || log.contains("Pods") {
         true => Ok(()),
         false => Err(format!("what stands is not shown: {log}")),
     }

@@ -9,19 +9,14 @@ use axum::body::Body;
 use axum::extract::Request;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use kube::config::{KubeConfigOptions, Kubeconfig};
-use landfall::builds::Stage;
 use landfall::release::Change;
-use landfall::stages::{
-    StageError, verify,
-    verify::{Known, Show},
-};
+use landfall::stages::StageError;
 use serde_json::json;
 
 use crate::stand::{
     SERVE, Stand, cause, container, deployment, ready_when_it_answers, service, serving,
 };
-use crate::support::{self, agent_kubeconfig, kubeconfig, kubectl};
+use crate::support::{self, agent_kubeconfig, kubectl};
 use crate::verdicts::claim;
 
 #[tokio::test]
@@ -75,17 +70,8 @@ async fn what_the_apply_left_as_it_was_is_verified_all_the_same() {
         .objects
         .iter_mut()
         .for_each(|object| object.change = Change::Unchanged);
-    let log = stand.log.stage(Stage::Verify);
     let begun = Instant::now();
-    verify::run(
-        &stand.scope(&log),
-        &stand.release,
-        &applied,
-        &Known::default(),
-        Show::All,
-    )
-    .await
-    .unwrap();
+    stand.verify_applied(&applied).await.unwrap();
     assert!(begun.elapsed() < Duration::from_secs(5));
     assert!(stand.log().await.contains("changed nothing"));
 }
@@ -337,10 +323,7 @@ impl BusyServer {
             forgotten: AtomicUsize::new(0),
             asked: AtomicUsize::new(0),
         });
-        let options = KubeConfigOptions::default();
-        let file = Kubeconfig::read_from(kubeconfig()).unwrap();
-        let config = kube::Config::from_custom_kubeconfig(file, &options).await;
-        let client = kube::Client::try_from(config.unwrap()).unwrap();
+        let client = support::admin().await;
         let router = axum::Router::new().fallback({
             let server = server.clone();
             move |request| server.clone().answer(client.clone(), request)
@@ -383,16 +366,7 @@ async fn a_server_that_is_busy_and_forgets_its_watches_fails_nothing() {
     let applied = stand.apply();
     let file = kubeconfig_of(&server.url);
     stand.environment.kubeconfig = Some(file.path().to_path_buf());
-    let log = stand.log.stage(Stage::Verify);
-    verify::run(
-        &stand.scope(&log),
-        &stand.release,
-        &applied,
-        &Known::default(),
-        Show::All,
-    )
-    .await
-    .unwrap();
+    stand.verify_applied(&applied).await.unwrap();
     let told = stand.log().await;
     assert!(
         told.contains("deployment/web successfully rolled out"),
@@ -419,16 +393,7 @@ async fn a_cluster_out_of_sight_is_never_a_failure_of_the_release() {
     let file = kubeconfig_of("http://127.0.0.1:1");
     stand.environment.kubeconfig = Some(file.path().to_path_buf());
     stand.environment.limits.unreachable_seconds = 3;
-    let log = stand.log.stage(Stage::Verify);
-    let error = verify::run(
-        &stand.scope(&log),
-        &stand.release,
-        &applied,
-        &Known::default(),
-        Show::All,
-    )
-    .await
-    .unwrap_err();
+    let error = stand.verify_applied(&applied).await.unwrap_err();
     let StageError::Agent(error) = error else {
         panic!("{error:?}")
     };
@@ -467,16 +432,8 @@ async fn a_login_that_ends_midway_is_not_the_releases_fault() {
     let revoking = stand.at("0 of 1 new pods ready", |namespace| {
         kubectl(&["-n", "landfall-agents", "delete", "secret", namespace]);
     });
-    let log = stand.log.stage(Stage::Verify);
     let begun = Instant::now();
-    let ended = verify::run(
-        &stand.scope(&log),
-        &stand.release,
-        &applied,
-        &Known::default(),
-        Show::All,
-    )
-    .await;
+    let ended = stand.verify_applied(&applied).await;
     revoking.await.unwrap();
     let Err(StageError::Agent(error)) = ended else {
         panic!("{ended:?}")
