@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::builds::{Build, Millis, Stage, StageStatus, Status};
-use crate::config::{Access, is_loopback_url};
+use crate::config::{Access, client_to};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Of a connection that is used again: less than after what the server closes it (`server::HEADER_TIMEOUT`).
@@ -129,16 +129,12 @@ pub struct Client {
 
 impl Client {
     pub fn new(access: Access) -> anyhow::Result<Self> {
-        let mut http = reqwest::Client::builder()
+        let http = client_to(&access.server)
             .connect_timeout(CONNECT_TIMEOUT)
             .pool_idle_timeout(QUIET_MAX)
             .user_agent(concat!("landfall/", env!("CARGO_PKG_VERSION")))
-            .redirect(reqwest::redirect::Policy::none());
-        // No proxy leads to this very machine, and none must see the token on its way there.
-        if is_loopback_url(&access.server) {
-            http = http.no_proxy();
-        }
-        let http = http.build()?;
+            .redirect(reqwest::redirect::Policy::none())
+            .build()?;
         Ok(Self { http, access })
     }
 
@@ -222,7 +218,7 @@ impl Client {
     pub async fn piece(&self, response: &mut Response) -> Result<Option<Vec<u8>>, Problem> {
         match tokio::time::timeout(SILENCE_MAX, response.chunk()).await {
             Ok(Ok(piece)) => Ok(piece.map(Into::into)),
-            Ok(Err(error)) => Err(self.away(&error)),
+            Ok(Err(error)) => Err(self.away(error)),
             Err(_) => Err(self.silent(SILENCE_MAX)),
         }
     }
@@ -259,7 +255,7 @@ impl Client {
         let response = tokio::time::timeout(ANSWER_TIMEOUT, request.send())
             .await
             .map_err(|_| self.silent(ANSWER_TIMEOUT))?
-            .map_err(|error| self.away(&error))?;
+            .map_err(|error| self.away(error))?;
         let status = response.status();
         if status.is_success() {
             return Ok(response);
@@ -298,12 +294,9 @@ impl Client {
         Ok(body)
     }
 
-    fn away(&self, error: &reqwest::Error) -> Problem {
-        let mut root: &dyn std::error::Error = error;
-        while let Some(source) = root.source() {
-            root = source;
-        }
-        let (server, why) = (self.access.server.clone(), root.to_string());
+    fn away(&self, error: reqwest::Error) -> Problem {
+        let why = anyhow::Error::new(error).root_cause().to_string();
+        let server = self.access.server.clone();
         Problem::Away { server, why }
     }
 

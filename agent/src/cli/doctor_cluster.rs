@@ -112,17 +112,13 @@ async fn reach(environment: &Environment) -> Finding {
             format!("it refuses us: {}", status.message),
             "renew the credentials of the kubeconfig",
         ),
-        Err(error) => Finding::fail(check, format!("cannot reach it: {}", rooted(&error)), fix),
+        Err(error) => Finding::fail(check, format!("cannot reach it: {}", root_of(error)), fix),
     }
 }
 
-/// The last of a chain of errors: what happened to the connection.
-fn rooted(error: &dyn std::error::Error) -> String {
-    let mut root = error;
-    while let Some(source) = root.source() {
-        root = source;
-    }
-    root.to_string()
+/// What happened to the connection, without what each layer between adds.
+fn root_of(error: kube::Error) -> String {
+    anyhow::Error::new(error).root_cause().to_string()
 }
 
 async fn check_namespace(cluster: &Cluster, environment: &Environment) -> Finding {
@@ -155,7 +151,7 @@ async fn check_namespace(cluster: &Cluster, environment: &Environment) -> Findin
         }
         Err(error) => Finding::fail(
             check,
-            format!("cannot look at {namespace}: {}", rooted(&error)),
+            format!("cannot look at {namespace}: {}", root_of(error)),
             "ask again",
         ),
     }
@@ -183,7 +179,7 @@ async fn check_rights(cluster: &Cluster, environment: &Environment) -> Vec<Findi
             Err(error) => {
                 return vec![Finding::fail(
                     check,
-                    format!("cannot ask what the agent may do: {}", rooted(&error)),
+                    format!("cannot ask what the agent may do: {}", root_of(error)),
                     "ask again",
                 )];
             }

@@ -4,12 +4,12 @@
 //! registry itself is, or over https to the token server that it names.
 
 use reqwest::header::{HeaderMap, WWW_AUTHENTICATE};
-use reqwest::{Client, RequestBuilder, StatusCode};
+use reqwest::{RequestBuilder, StatusCode};
 use serde_json::Value;
 
 use super::doctor::name;
 use super::findings::Finding;
-use crate::config::{Config, Environment, is_loopback_url};
+use crate::config::{Config, Environment, client_to};
 use crate::docker::registry::{self, Logins};
 
 struct Login {
@@ -76,22 +76,15 @@ enum Problem {
 
 impl From<reqwest::Error> for Problem {
     fn from(error: reqwest::Error) -> Self {
-        let error = error.without_url();
-        let mut root: &dyn std::error::Error = &error;
-        while let Some(source) = root.source() {
-            root = source;
-        }
-        Self::Away(root.to_string())
+        let error = anyhow::Error::new(error.without_url());
+        Self::Away(error.root_cause().to_string())
     }
 }
 
 async fn ask(host: &str, reference: &str, login: Option<&Login>) -> Result<String, Problem> {
     let base = base(host);
-    let mut http = Client::builder().redirect(reqwest::redirect::Policy::none());
-    if is_loopback_url(&base) {
-        http = http.no_proxy();
-    }
-    let http = http.build()?;
+    let without_redirects = reqwest::redirect::Policy::none();
+    let http = client_to(&base).redirect(without_redirects).build()?;
     let answer = http.get(&base).send().await?;
     match answer.status() {
         status if status.is_success() => return Ok(", without a login".to_owned()),

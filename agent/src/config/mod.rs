@@ -19,7 +19,7 @@ pub use self::access::{Access, reachable};
 pub use self::secret::Secret;
 #[cfg(debug_assertions)]
 pub use self::variables::fail_point;
-pub use self::variables::{log_filter, no_color, program, proxy_for, variables_for_git};
+pub use self::variables::{client_to, log_filter, no_color, program, proxy_for, variables_for_git};
 use crate::diagnostic;
 
 /// The operator's file, where no other is named.

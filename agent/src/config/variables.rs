@@ -51,6 +51,16 @@ pub fn proxy_for(address: &Uri) -> Option<String> {
     proxy_by(address, &|name| std::env::var(name).ok())
 }
 
+/// Requests to one address, by the proxy that `proxy_for` speaks of: no proxy must see the token that a request to this very
+/// machine holds.
+pub fn client_to(url: &str) -> reqwest::ClientBuilder {
+    let client = reqwest::Client::builder();
+    match is_loopback_url(url) {
+        true => client.no_proxy(),
+        false => client,
+    }
+}
+
 /// As `proxy_for`, with the variables given: what tests call.
 fn proxy_by(address: &Uri, variable: &dyn Fn(&str) -> Option<String>) -> Option<String> {
     if is_loopback_url(&address.to_string()) {

@@ -28,6 +28,8 @@ const STDERR_BYTES_MAX: u64 = 16 * 1024;
 #[derive(Serialize, Deserialize)]
 pub struct Request {
     pub url: String,
+    /// With its own login, where it wants one.
+    pub proxy: Option<String>,
     pub token: Option<String>,
     pub ssh_key: Option<PathBuf>,
     /// The bare repository that mirrors `url`.
@@ -150,9 +152,15 @@ pub async fn ask(
         .clone_token
         .as_ref()
         .map(|token| token.expose().to_owned());
-    let masker = Masker::new(token.as_deref());
+    let proxy = proxy_to(&environment.clone_url);
+    let login = proxy
+        .as_deref()
+        .and_then(|proxy| url::Url::parse(proxy).ok());
+    let password = login.as_ref().and_then(url::Url::password);
+    let masker = Masker::new(token.as_deref().into_iter().chain(password));
     let request = Request {
         url: environment.clone_url.clone(),
+        proxy,
         token,
         ssh_key: environment.ssh_key.clone(),
         mirror: mirror_of(mirrors, &environment.clone_url),
@@ -174,6 +182,13 @@ impl From<anyhow::Error> for Trouble {
     fn from(error: anyhow::Error) -> Self {
         Self::Agent(format!("{error:#}"))
     }
+}
+
+/// None for ssh, which knows none.
+fn proxy_to(url: &str) -> Option<String> {
+    let address = url.parse().ok()?;
+    url.starts_with("http")
+        .then(|| config::proxy_for(&address))?
 }
 
 /// The child's HOME: nothing but the pinned host keys, named by their content. libgit2 reads them there.

@@ -8,7 +8,7 @@ use std::fs::File;
 
 use git2::{
     CertificateCheckStatus, Cred, CredentialType, ErrorClass, ErrorCode, FetchOptions, Oid,
-    RemoteCallbacks, RemoteRedirect, Repository,
+    ProxyOptions, RemoteCallbacks, RemoteRedirect, Repository,
 };
 use sha2::Digest;
 
@@ -56,6 +56,7 @@ pub fn fetch(request: &Request, report: &Report, repository: &Repository) -> Res
     let mut options = FetchOptions::new();
     options
         .remote_callbacks(callbacks)
+        .proxy_options(proxy(request))
         .follow_redirects(RemoteRedirect::None)
         .download_tags(git2::AutotagOption::None)
         .update_fetchhead(false)
@@ -92,7 +93,11 @@ pub fn head(
         true
     });
     let mut remote = repository.remote_anonymous(&request.url)?;
-    let connected = remote.connect_auth(git2::Direction::Fetch, Some(callbacks), None);
+    let connected = remote.connect_auth(
+        git2::Direction::Fetch,
+        Some(callbacks),
+        Some(proxy(request)),
+    );
     let connection = connected.map_err(|error| judge(&error, request, &talk))?;
     let heads = connection
         .list()
@@ -106,6 +111,14 @@ fn branch_missing(request: &Request) -> Trouble {
         "{} has no branch {:?}: push it, or change `branch` in agent.yaml",
         request.url, request.branch
     ))
+}
+
+fn proxy(request: &Request) -> ProxyOptions<'_> {
+    let mut options = ProxyOptions::new();
+    if let Some(url) = &request.proxy {
+        options.url(url);
+    }
+    options
 }
 
 fn callbacks<'a>(request: &'a Request, talk: &'a Talk) -> RemoteCallbacks<'a> {
@@ -184,6 +197,10 @@ fn judge(error: &git2::Error, request: &Request, talk: &Talk) -> Failure {
     let refused = talk.refused.borrow_mut().take();
     if talk.too_much.get() || error.class() == ErrorClass::NoMemory {
         return Trouble::Cause(repository_too_large()).into();
+    }
+    if request.proxy.is_some() && text.contains("proxy authentication") {
+        let fix = "check the name and the password that HTTPS_PROXY holds for it";
+        return Trouble::Setup(format!("the proxy before {url} refuses us: {fix}")).into();
     }
     if error.code() == ErrorCode::Auth || refused.is_some() || text.contains("authenticat") {
         let why = refused.unwrap_or_else(|| text.to_owned());

@@ -15,7 +15,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
 
-use super::{ANSWER_BYTES_MAX, REQUEST_TIMEOUT, connect, message, repository_path, rooted};
+use super::{ANSWER_BYTES_MAX, REQUEST_TIMEOUT, connect, message, repository_path, unreached};
 use crate::config::Config;
 use crate::store::Store;
 
@@ -143,10 +143,7 @@ fn missing(sent: &[Sent], now: Timestamp) -> Vec<i64> {
 
 async fn get<T: DeserializeOwned>(octocrab: &Octocrab, path: &str) -> anyhow::Result<T> {
     let asked = async {
-        let answer = octocrab
-            ._get(path)
-            .await
-            .map_err(|error| anyhow::anyhow!("cannot reach GitHub: {}", rooted(&error)))?;
+        let answer = octocrab._get(path).await.map_err(unreached)?;
         let (parts, body) = answer.into_parts();
         let body = Limited::new(body, ANSWER_BYTES_MAX).collect().await;
         let body = body.map_err(|error| anyhow::anyhow!(error))?.to_bytes();

@@ -14,13 +14,12 @@ use anyhow::Context;
 use http_body_util::{BodyExt, Limited};
 use hyper::HeaderMap;
 use octocrab::Octocrab;
-use octocrab::service::middleware::retry::RetryConfig;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use tokio_util::sync::CancellationToken;
 
 use crate::build_log::Masker;
 use crate::builds::{Build, Millis, Outcome, Status, human_duration, is_commit_id, now};
-use crate::config::{Config, Github, Secret};
+use crate::config::{Config, Github, Secret, client_to};
 use crate::fail_point;
 use crate::store::{Siblings, Store, Untold};
 
@@ -160,10 +159,7 @@ pub async fn check(github: &Github, repository: &str) -> anyhow::Result<()> {
     let octocrab = connect(github, token)?;
     let path = repository_path(repository)
         .with_context(|| format!("{repository:?} is not like owner/name"))?;
-    let answer = octocrab
-        ._get(path)
-        .await
-        .map_err(|error| anyhow::anyhow!("cannot reach GitHub: {}", rooted(&error)))?;
+    let answer = octocrab._get(path).await.map_err(unreached)?;
     match answer.status().as_u16() {
         200 => Ok(()),
         401 => anyhow::bail!("GitHub does not know this token: it has expired or was revoked"),
@@ -174,14 +170,12 @@ pub async fn check(github: &Github, repository: &str) -> anyhow::Result<()> {
 
 fn connect(github: &Github, token: &Secret) -> anyhow::Result<Octocrab> {
     let url = github.api_url.as_deref().unwrap_or(API_URL);
+    let http = client_to(url).timeout(REQUEST_TIMEOUT).build()?;
     Octocrab::builder()
         .base_uri(url.trim_end_matches('/'))
         .with_context(|| format!("github.api_url {url:?} is not an address"))?
         .personal_token(token.expose().to_owned())
-        .set_connect_timeout(Some(REQUEST_TIMEOUT))
-        .set_read_timeout(Some(REQUEST_TIMEOUT))
-        .add_retry_config(RetryConfig::None)
-        .build()
+        .build_with_reqwest(http)
         .context("cannot make a client of GitHub")
 }
 
@@ -307,7 +301,7 @@ impl Teller {
                 .octocrab
                 ._post(route, Some(&status))
                 .await
-                .map_err(|error| rooted(&error))?;
+                .map_err(|error| format!("{:#}", unreached(error)))?;
             let (parts, body) = answer.into_parts();
             let body = Limited::new(body, ANSWER_BYTES_MAX)
                 .collect()
@@ -497,13 +491,9 @@ fn millis(duration: Duration) -> Millis {
     Millis::try_from(duration.as_millis()).unwrap_or(Millis::MAX)
 }
 
-/// The last of a chain of errors: what happened to the connection.
-fn rooted(error: &dyn std::error::Error) -> String {
-    let mut root = error;
-    while let Some(source) = root.source() {
-        root = source;
-    }
-    root.to_string()
+fn unreached(error: octocrab::Error) -> anyhow::Error {
+    let error = anyhow::Error::new(error);
+    anyhow::anyhow!("cannot reach GitHub: {}", error.root_cause())
 }
 
 /// Tokens that come one a `PACE_EVERY`, at most `PACE_BURST` of them.

@@ -129,10 +129,8 @@ fn is_loopback_host(headers: &HeaderMap) -> bool {
         .get(header::HOST)
         .and_then(|host| host.to_str().ok())
         .unwrap_or_default();
-    matches!(
-        host.rsplit_once(':').map_or(host, |(name, _)| name),
-        "127.0.0.1" | "localhost"
-    )
+    let name = host.rsplit_once(':').map_or(host, |(name, _)| name);
+    matches!(name, "127.0.0.1" | "localhost") || name.ends_with(".localhost")
 }
 
 fn plain(status: StatusCode, text: &str) -> Response<Body> {

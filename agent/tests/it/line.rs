@@ -3,6 +3,8 @@
 use serde_json::{Value, json};
 
 use crate::docker_world::docker;
+use crate::fake_github::{FakeGithub, TOKEN};
+use crate::forward_proxy::ForwardProxy;
 use crate::landfall::{BRANCH, Landfall, is_terminal, push_payload, secret, sign};
 use crate::support::{Namespace, agent_kubeconfig, busybox, eventually, registry};
 use std::time::Duration;
@@ -815,6 +817,63 @@ async fn the_doctor_finds_nothing_wrong_where_all_is_well() {
         said.contains("FAIL") && said.contains("patch deployments") && said.contains("kubectl"),
         "{said}"
     );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn git_and_github_are_reached_by_the_way_out_that_the_environment_names() {
+    let (git, api) = ("git.corp.localhost", "ghe.corp.localhost");
+    let mut landfall = Landfall::start("proxied").await;
+    let github = FakeGithub::start().await;
+    let host = |url: String| url.split('/').nth(2).unwrap().to_owned();
+    let names = [(git, host(landfall.git_url())), (api, host(github.url()))];
+    let proxy = ForwardProxy::start(&landfall.path(""), names.into()).await;
+    let plain = landfall.git_url();
+    let hidden = format!("https://{git}/hello.git");
+    landfall.restart(&plain, &hidden, &[]).await;
+    let variables = [
+        ("HTTPS_PROXY", proxy.url()),
+        ("SSL_CERT_FILE", proxy.authority.display().to_string()),
+    ];
+    let variables = variables
+        .each_ref()
+        .map(|(name, value)| (*name, value.as_str()));
+    let told =
+        format!("github: {{ api_url: \"https://{api}/api/v3\", token: {TOKEN} }}\nenvironments:");
+    landfall.restart("environments:", &told, &variables).await;
+    let id = landfall.push(&[]).await;
+    let build = landfall.end(id).await;
+    assert_eq!(
+        build["outcome"],
+        "live",
+        "{build:#}\n{}",
+        landfall.log(id).await
+    );
+    let commit = build["commit"].as_str().unwrap();
+    eventually("GitHub shows it", Duration::from_secs(30), async || {
+        (github.states(commit, "landfall/hello").last()? == "success").then_some(())
+    })
+    .await;
+    let asked = proxy.asked();
+    assert!(
+        [git, api]
+            .iter()
+            .all(|name| asked.iter().any(|one| one == name)),
+        "{asked:?}"
+    );
+
+    // A wrong login: the author reads why, and nobody reads the password.
+    let wrong = proxy.url().replace("landfall:", "nobody:");
+    let variables = [("HTTPS_PROXY", wrong.as_str()), variables[1]];
+    landfall
+        .restart("data_dir: data\n", "data_dir: data\n", &variables)
+        .await;
+    let id = landfall.push(&[]).await;
+    let build = landfall.end(id).await;
+    let cause = build["cause"]["sentence"].as_str().unwrap();
+    assert!(cause.contains("HTTPS_PROXY"), "{build:#}");
+    let own = std::fs::read_to_string(landfall.path("agent.log")).unwrap();
+    let said = landfall.log(id).await + &own;
+    assert!(!said.contains(ForwardProxy::password()), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -10,6 +10,7 @@ mod deploy;
 mod docker_world;
 mod fake_agent;
 mod fake_github;
+mod forward_proxy;
 mod git_server;
 mod git_world;
 mod github;
