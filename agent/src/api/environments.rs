@@ -19,10 +19,8 @@ use super::{
 use crate::app::App;
 use crate::builds::BuildKind;
 use crate::config::Environment;
-use crate::store::Serving;
+use crate::store::{HISTORY_MAX, Serving, steps};
 
-/// So many rows of history are shown, and looked through for what to go back to.
-const HISTORY_MAX: i64 = 200;
 const REASON_CHARS_MAX: usize = 300;
 
 /// Where an undo leads.
@@ -210,24 +208,6 @@ async fn bring_back(
         .bring_back(&push, name, target.release, kind, reason)
         .await?;
     accepted(app, id).await
-}
-
-/// What served, as an editor keeps its steps: an undo takes the last ones away, a redo brings them back, and a new release
-/// ends what could be brought back.
-fn steps(history: &[Serving]) -> (Vec<&Serving>, Vec<Vec<&Serving>>) {
-    let (mut past, mut undone): (Vec<&Serving>, Vec<Vec<&Serving>>) = (Vec::new(), Vec::new());
-    for row in served(history).collect::<Vec<_>>().into_iter().rev() {
-        let at = past.iter().position(|known| known.release == row.release);
-        match (row.kind.as_str(), at) {
-            ("undo", Some(at)) => undone.push(past.split_off(at + 1)),
-            ("redo", _) => past.extend(undone.pop().unwrap_or_default()),
-            _ => {
-                undone.clear();
-                past.push(row);
-            }
-        }
-    }
-    (past, undone)
 }
 
 fn previous(history: &[Serving]) -> Option<&Serving> {

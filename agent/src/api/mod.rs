@@ -381,8 +381,9 @@ async fn evidence(State(app): State<App>, path: IdPath) -> Result<axum::Json<Val
 async fn plan(State(app): State<App>, path: IdPath) -> Result<axum::Json<Value>, ApiError> {
     let build = find(&app.store, &path).await?;
     let release = match build.release_id {
-        Some(id) => app.store.release_to_show(id).await?,
-        None => None,
+        // A release that is brought back was planned on another day, over something else.
+        Some(id) if !build.kind.brings_back() => app.store.release_to_show(id).await?,
+        _ => None,
     };
     let plan = release.map(|release| release.plan);
     Ok(axum::Json(

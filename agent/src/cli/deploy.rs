@@ -74,6 +74,7 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let docker = Docker::default();
     let done = standalone::with_log(Stage::Deploy, async |log, cancel| {
         let scope = standalone::scope(&build, &environment, &docker, log, cancel);
+        log.also_mask(&manifests::secret_values(&release.objects));
         let found = match plan::review(&scope, &cluster, &mut release, &places, &[]).await {
             Ok(live) => plan::found(&release, live),
             Err(error) => return standalone::report(&error),
@@ -81,6 +82,10 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         if arguments.plan {
             return ExitCode::SUCCESS;
         }
+        let known = found.iter().flat_map(|found: &Release| &found.objects);
+        log.also_mask(&manifests::secret_values(
+            &known.cloned().collect::<Vec<_>>(),
+        ));
         transaction(&scope, &release, found.as_ref(), arguments.rollback).await
     })
     .await?;
@@ -209,6 +214,10 @@ async fn transaction(
             ExitCode::from(3)
         }
         Err(error) => {
+            if let StageError::Agent(_) = &error {
+                say!("the way back was lost from sight:");
+                return standalone::report(&error);
+            }
             say!("the rollback failed:");
             standalone::report(&error);
             if let Some(commands) = deploy::undo_hint(&release.namespace, &objects) {
@@ -229,10 +238,13 @@ async fn forward(
     while let Some((_, object)) = applying.next().await? {
         objects.push(object);
     }
+    let targets = Watched::applied(release, objects);
+    removal::free_stuck_pods(scope, &held, &targets, Way::Forward).await;
     let applied = Applied {
         release_id: 0,
         objects: objects.clone(),
         unwell: Vec::new(),
+        refused: Vec::new(),
     };
     verify::run(scope, release, &applied, &Known::default(), Show::Cause)
         .await
@@ -263,6 +275,7 @@ async fn back(
             release_id: 0,
             objects,
             unwell: Vec::new(),
+            refused: Vec::new(),
         };
         return verify::run(scope, found, &applied, &Known::default(), Show::Cause)
             .await

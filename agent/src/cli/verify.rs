@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
+use jiff::SignedDuration;
 
 use super::standalone::{self, ClusterArguments};
 use super::terminal::say;
@@ -12,12 +13,14 @@ use crate::builds::Stage;
 use crate::cluster::Cluster;
 use crate::cluster::observe::Observer;
 use crate::cluster::rollout::{self, History, Verdict};
-use crate::cluster::snapshot::{Kind, Target};
+use crate::cluster::snapshot::{Kind, Snapshot, Target};
 use crate::config::Docker;
 use crate::pipeline::Verify;
 use crate::release::{AppliedObject, Change};
 use crate::stages::verify::{self, Known, Show};
 use crate::stages::{Applied, StageError, job};
+
+const WRITTEN_LATELY: SignedDuration = SignedDuration::from_mins(10);
 
 /// Watch a rollout to its end, in the place of `kubectl rollout status`: says why it fails, as soon as that is known
 #[derive(Debug, Args)]
@@ -74,6 +77,7 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         release_id: 0,
         objects,
         unwell: Vec::new(),
+        refused: Vec::new(),
     };
     let (build, docker) = (standalone::build(0), Docker::default());
     let rolled_out = standalone::with_log(Stage::Verify, async |log, cancel| {
@@ -93,6 +97,12 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         Some(Err(error)) => standalone::report(&error),
         None => standalone::interrupted(),
     })
+}
+
+/// So that a program that dies again and again is seen to, also where it runs at this very moment.
+fn was_just_written(snapshot: &Snapshot) -> bool {
+    let written = snapshot.applied_at();
+    written.is_some_and(|at| snapshot.now.duration_since(at) < WRITTEN_LATELY)
 }
 
 /// As it is now, and how far. The outer error is the user's, the inner one the cluster's.
@@ -134,7 +144,7 @@ async fn find(
         generation: snapshot.workload.generation(),
         change: match verdict {
             // What has run for weeks may have died once: only what dies from now on speaks against it.
-            Verdict::Complete => Change::Unchanged,
+            Verdict::Complete if !was_just_written(&snapshot) => Change::Unchanged,
             // Whatever has died since somebody last wrote it speaks of this rollout.
             _ => Change::Changed,
         },

@@ -114,6 +114,7 @@ mod tests {
                 status,
                 body: Vec::new(),
                 took: Duration::ZERO,
+                forwarded: false,
             })
         };
         let mut availability = Availability::default();

@@ -387,12 +387,7 @@ impl Observer<'_> {
             let again = (Instant::now(), tries.unwrap_or_default() + 1);
             self.ports_tried.insert(uid.to_owned(), again);
             for port in ports.into_iter().take(PORTS_MAX) {
-                let place = Place {
-                    resource: "pods",
-                    name: super::snapshot::name(pod).to_owned(),
-                    port: port.to_string(),
-                    tls: false,
-                };
+                let place = Place::of_pod_port(pod, port, false);
                 let asked = tokio::time::timeout(PORT_LIMIT, proxy::get(self.cluster, &place, "/"));
                 if let Ok(Asked::Answered(_)) = asked.await {
                     self.listening.insert(uid.to_owned(), port);

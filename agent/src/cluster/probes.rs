@@ -149,8 +149,11 @@ fn allowed(container: &Running<'_>) -> Duration {
             + rounds * i64::from(probe.period_seconds.unwrap_or(10))
     });
     let readiness = spec.readiness_probe.as_ref();
+    // What comes up just after one round is seen by the next.
     let delay = readiness.map_or(0, |probe| {
-        i64::from(probe.initial_delay_seconds.unwrap_or(0))
+        let rounds = i64::from(probe.success_threshold.unwrap_or(1));
+        let round = i64::from(probe.period_seconds.unwrap_or(10));
+        i64::from(probe.initial_delay_seconds.unwrap_or(0)) + (rounds * round - 1).max(0)
     });
     Duration::from_secs(u64::try_from(startup.max(delay)).unwrap_or_default())
 }

@@ -1,10 +1,14 @@
 //! Requests to pods and Services through the API server: no NodePort and no route into the cluster is needed.
 //!
-//! What the program answered is told from what the API server says by itself: only the former is an answer.
+//! What the program answered is told from what the API server says by itself: only the former is an answer. Where the API server
+//! may not ask a pod, or has no route to it, its node does, by a port-forward.
 
 use std::time::{Duration, Instant};
 
-use http_body_util::BodyExt;
+use anyhow::Context;
+use bytes::Bytes;
+use http_body_util::{BodyExt, Empty};
+use hyper_util::rt::TokioIo;
 use k8s_openapi::api::core::v1::{Pod, Service, ServicePort};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::api::ListParams;
@@ -26,6 +30,8 @@ pub struct Answer {
     /// At most `BODY_BYTES_MAX`.
     pub body: Vec<u8>,
     pub took: Duration,
+    /// Not on the way that was asked for, but by a port-forward.
+    pub forwarded: bool,
 }
 
 /// What came of one request.
@@ -53,6 +59,8 @@ pub struct Place {
     pub name: String,
     pub port: String,
     pub tls: bool,
+    /// Whom a port-forward asks in its stead: names of pods, and the port there.
+    pods: Vec<(String, u16)>,
 }
 
 impl Place {
@@ -73,7 +81,15 @@ impl Place {
             // By its name: of two ports with one number, for TCP and UDP, the API server takes the first.
             port: port.name.clone().unwrap_or_else(|| port.port.to_string()),
             tls: speaks_tls(port),
+            pods: Vec::new(),
         }
+    }
+
+    /// The same, with pods to which it leads: a port-forward reaches no Service.
+    #[must_use]
+    pub fn by_way_of(mut self, pods: impl IntoIterator<Item = Self>) -> Self {
+        self.pods = pods.into_iter().flat_map(|place| place.pods).collect();
+        self
     }
 
     /// Where that port of the Service leads in this pod.
@@ -90,11 +106,22 @@ impl Place {
                 (number, tls)
             }
         };
+        Self::of_pod_port(pod, number, tls)
+    }
+
+    /// One of a pod's own ports.
+    pub fn of_pod_port(pod: &Pod, number: i32, tls: bool) -> Self {
+        let name = snapshot::name(pod).to_owned();
+        let forwarded = u16::try_from(number).ok();
         Self {
             resource: "pods",
-            name: snapshot::name(pod).to_owned(),
             port: number.to_string(),
             tls,
+            pods: forwarded
+                .map(|port| (name.clone(), port))
+                .into_iter()
+                .collect(),
+            name,
         }
     }
 }
@@ -142,6 +169,21 @@ pub fn is_plain_path(path: &str) -> bool {
 
 /// GETs `path` of a pod or a Service; never follows a redirect.
 pub async fn get(cluster: &Cluster, place: &Place, path: &str) -> Asked {
+    let asked = get_directly(cluster, place, path).await;
+    let is_barred = matches!(asked, Asked::Forbidden(_) | Asked::Unreached(_));
+    if is_barred && !place.tls {
+        for (pod, port) in &place.pods {
+            let forwarding = get_forwarded(cluster, pod, *port, path);
+            let forwarded = tokio::time::timeout(REQUEST_LIMIT, forwarding).await;
+            if let Ok(Ok(answer)) = forwarded {
+                return answer;
+            }
+        }
+    }
+    asked
+}
+
+async fn get_directly(cluster: &Cluster, place: &Place, path: &str) -> Asked {
     let begun = Instant::now();
     match tokio::time::timeout(REQUEST_LIMIT, request(cluster, place, path)).await {
         Ok(Ok((status, body))) => judge(status, body, begun.elapsed()),
@@ -173,6 +215,7 @@ async fn request(cluster: &Cluster, place: &Place, path: &str) -> anyhow::Result
         name,
         port,
         tls,
+        ..
     } = place;
     let scheme = if *tls { "https:" } else { "" };
     let uri = format!(
@@ -182,7 +225,57 @@ async fn request(cluster: &Cluster, place: &Place, path: &str) -> anyhow::Result
     let request = hyper::Request::get(uri).body(Body::empty())?;
     let response = cluster.client.send(request).await?;
     let status = response.status().as_u16();
-    let mut body = response.into_body();
+    Ok((status, beginning(response.into_body()).await?))
+}
+
+/// An error where there is no port-forward to be had: the API server's refusal, a pod that is gone.
+async fn get_forwarded(
+    cluster: &Cluster,
+    pod: &str,
+    port: u16,
+    path: &str,
+) -> anyhow::Result<Asked> {
+    let begun = Instant::now();
+    let mut forwarder = cluster.api::<Pod>().portforward(pod, &[port]).await?;
+    let stream = forwarder.take_stream(port).context("no stream")?;
+    let refused = forwarder.take_error(port).context("no stream of errors")?;
+    let talk = async {
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+        let request = hyper::Request::get(path)
+            .header(hyper::header::HOST, format!("{pod}:{port}"))
+            .body(Empty::<Bytes>::new())?;
+        let answering = async move {
+            let response = sender.send_request(request).await?;
+            let status = response.status().as_u16();
+            anyhow::Ok((status, beginning(response.into_body()).await?))
+        };
+        // The connection ends with the one request, and may do so before the answer is read.
+        let (answer, _) = tokio::join!(answering, connection);
+        answer
+    };
+    let talked = tokio::select! {
+        biased;
+        Some(why) = refused => Err(anyhow::anyhow!(why)),
+        talked = talk => talked,
+    };
+    Ok(match talked {
+        Ok((status, body)) => Asked::Answered(Answer {
+            status,
+            body,
+            took: begun.elapsed(),
+            forwarded: true,
+        }),
+        Err(error) => Asked::NobodyThere(format!("{error:#}, by a port-forward")),
+    })
+}
+
+/// At most `BODY_BYTES_MAX` of it.
+async fn beginning<B>(mut body: B) -> anyhow::Result<Vec<u8>>
+where
+    B: hyper::body::Body<Data = Bytes> + Unpin,
+    B::Error: std::error::Error + Send + Sync + 'static,
+{
     let mut bytes = Vec::new();
     while let Some(frame) = body.frame().await {
         let Ok(data) = frame?.into_data() else {
@@ -194,12 +287,17 @@ async fn request(cluster: &Cluster, place: &Place, path: &str) -> anyhow::Result
             break;
         }
     }
-    Ok((status, bytes))
+    Ok(bytes)
 }
 
 fn judge(status: u16, body: Vec<u8>, took: Duration) -> Asked {
     match own_words(status, &body) {
-        None => Asked::Answered(Answer { status, body, took }),
+        None => Asked::Answered(Answer {
+            status,
+            body,
+            took,
+            forwarded: false,
+        }),
         Some(told) if told.contains("no endpoints available") => Asked::NoEndpoints,
         Some(told) if status == 401 || status == 403 => Asked::Forbidden(told),
         Some(told) if told.starts_with("pods \"") && told.ends_with("not found") => Asked::Gone,

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
+use serde::{Deserialize, Serialize};
 
 use super::diagnose;
 use super::probes::recent_probe_failure;
@@ -190,6 +191,54 @@ fn with_count(sign: &Sign, signs: &[Sign], snapshot: &Snapshot) -> Cause {
         cause.sentence = format!("{} ({showing} of {} new pods)", cause.sentence, pods.len());
     }
     cause
+}
+
+/// What of a workload only another changes, once it is rolled out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Standing {
+    uid: String,
+    release: Option<String>,
+    images: Vec<(String, Option<String>)>,
+}
+
+impl Standing {
+    pub fn of(snapshot: &Snapshot) -> Self {
+        let template = snapshot.workload.template();
+        let spec = template.and_then(|template| template.spec.as_ref());
+        let containers = spec.into_iter().flat_map(|spec| &spec.containers);
+        Self {
+            uid: snapshot.workload.uid().to_owned(),
+            release: template.and_then(template_release).map(str::to_owned),
+            images: containers
+                .map(|container| (container.name.clone(), container.image.clone()))
+                .collect(),
+        }
+    }
+}
+
+/// A workload that was rolled out is gone, or became another's: what answers from then on is not this release. `proved` is how it
+/// stood then, where that is known.
+pub fn taken_over(
+    target: &Target,
+    proved: Option<&Standing>,
+    now: Option<&Snapshot>,
+) -> Option<Cause> {
+    let name = target.display_name();
+    let told = |what: &str| {
+        let sentence = format!("{name} was {what} by another after it was rolled out");
+        Some(Cause::new("changed_by_another", sentence).object(&name))
+    };
+    let Some(now) = now else {
+        return told("deleted");
+    };
+    let standing = Standing::of(now);
+    let is_ours = target.release.is_none() || standing.release == target.release;
+    match proved {
+        Some(proved) if proved.uid != standing.uid => told("deleted and made anew"),
+        Some(proved) if *proved != standing => told("changed"),
+        _ if !is_ours => told("changed"),
+        _ => None,
+    }
 }
 
 /// The most telling reason why it is not complete when time has run out; None where nothing is wrong but slow.

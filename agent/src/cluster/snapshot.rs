@@ -363,6 +363,24 @@ impl Snapshot {
             .partition(|pod| !is_terminating(pod))
     }
 
+    /// A pod of a StatefulSet that its partition leaves at the older template.
+    pub fn is_held_back(&self, pod: &Pod) -> bool {
+        let Workload::StatefulSet(set) = &self.workload else {
+            return false;
+        };
+        let strategy = set
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.update_strategy.as_ref());
+        let rolling = strategy.and_then(|strategy| strategy.rolling_update.as_ref());
+        let partition = rolling.and_then(|rolling| rolling.partition).unwrap_or(0);
+        let ordinal = name(pod)
+            .rsplit('-')
+            .next()
+            .and_then(|text| text.parse().ok());
+        ordinal.is_some_and(|ordinal: i32| ordinal < partition)
+    }
+
     /// A pod that the workload's selector matches is on its way out.
     pub fn anything_terminating(&self) -> bool {
         self.pods.iter().any(is_terminating)

@@ -4,11 +4,21 @@
 //! A rollout is complete although its Service leads nowhere, and no tool of Kubernetes says so. Pure: what must be asked of
 //! the cluster comes out as a question, `plan` asks it.
 
+use std::collections::BTreeMap;
+
 use serde_json::{Map, Value};
 
 use crate::builds::Cause;
 use crate::manifests::render::template;
 use crate::manifests::{display_name, kind, name, text};
+
+/// Labels that no template has: controllers write them on each pod.
+const OF_CONTROLLERS: [&str; 4] = [
+    "apps.kubernetes.io/pod-index",
+    "controller-revision-hash",
+    "pod-template-hash",
+    "statefulset.kubernetes.io/pod-name",
+];
 
 /// A Service whose selector matches no pod template of the set: wrong, unless pods that are live carry these labels.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,6 +39,39 @@ pub fn unmatched_services(objects: &[Value]) -> Vec<Unmatched> {
                 selector: written(selector),
             })
         })
+        .collect()
+}
+
+/// Whether pods of the set are what these labels select.
+pub fn selects_a_template(objects: &[Value], selector: &BTreeMap<String, String>) -> bool {
+    let selector = as_map(selector);
+    templates(objects).any(|template| carries(template, &selector))
+}
+
+/// Whether a pod of this set's workloads is one that they replace: it carries the Service's labels by the template that stands
+/// (`live`), and its successor will not.
+pub fn leaves(live: &[Value], selector: &str, labels: &BTreeMap<String, String>) -> bool {
+    let selector = selector.split(',').filter_map(|pair| pair.split_once('='));
+    let selector = as_map(selector);
+    let labels = as_map(labels);
+    live.iter().any(|workload| {
+        let own = workload.pointer("/spec/selector/matchLabels");
+        let own = own.and_then(Value::as_object);
+        own.is_some_and(|own| {
+            !own.is_empty()
+                && own
+                    .iter()
+                    .all(|(key, value)| labels.get(key) == Some(value))
+        }) && template(workload).is_some_and(|template| carries(template, &selector))
+    })
+}
+
+fn as_map<K: Into<String>, V: Into<String>>(
+    pairs: impl IntoIterator<Item = (K, V)>,
+) -> Map<String, Value> {
+    let pairs = pairs.into_iter();
+    pairs
+        .map(|(key, value)| (key.into(), Value::String(value.into())))
         .collect()
 }
 
@@ -180,9 +223,10 @@ fn carries(template: &Value, selector: &Map<String, Value>) -> bool {
     let labels = template
         .pointer("/metadata/labels")
         .and_then(Value::as_object);
-    selector
-        .iter()
-        .all(|(key, value)| labels.and_then(|labels| labels.get(key)) == Some(value))
+    selector.iter().all(|(key, value)| {
+        OF_CONTROLLERS.contains(&key.as_str())
+            || labels.and_then(|labels| labels.get(key)) == Some(value)
+    })
 }
 
 fn written(selector: &Map<String, Value>) -> String {

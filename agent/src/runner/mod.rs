@@ -7,6 +7,7 @@
 mod rollback;
 mod transaction;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -268,6 +269,8 @@ struct Line<'a> {
     requests: Mutex<Vec<Evidence>>,
     /// Since before the first mutation of a release over one that serves.
     availability: OnceCell<Option<availability::Watch>>,
+    /// Services that somebody answered before the apply, and that it leaves as they are.
+    heard: OnceCell<BTreeSet<String>>,
 }
 
 impl<'a> Line<'a> {
@@ -288,6 +291,7 @@ impl<'a> Line<'a> {
             work: agent.work_dir(build.id),
             requests: Mutex::default(),
             availability: OnceCell::new(),
+            heard: OnceCell::new(),
         }
     }
 

@@ -25,6 +25,9 @@ use crate::store::Unsealable;
 struct PutBack {
     /// None where what the failed release had made was removed, and nothing was there before.
     release_id: Option<i64>,
+    /// What of it could not be had again, in a sentence each.
+    #[serde(default)]
+    refused: Vec<String>,
 }
 
 /// What an earlier attempt's rollback came to.
@@ -176,6 +179,7 @@ impl Line<'_> {
         match self.journaled(Stage::Rollback, &scope, work).await {
             Ok(PutBack {
                 release_id: Some(id),
+                refused,
             }) => {
                 store.set_restored(self.build, id).await?;
                 store.set_unsettled(self.build, false).await?;
@@ -187,13 +191,16 @@ impl Line<'_> {
                 let lost = self
                     .availability()
                     .map_or(String::new(), |availability| format!(", {availability}"));
+                let but: String = refused.iter().map(|why| format!(", but {why}")).collect();
                 let back = format!(
-                    "release {id} is back and verified{lost}; what failed is kept with this build as evidence"
+                    "release {id} is back and verified{lost}{but}; what failed is kept with this build as evidence"
                 );
                 let cause = Cause { hint, ..cause };
                 Ok(ended(Outcome::RolledBack, with_hint(cause, Some(back))))
             }
-            Ok(PutBack { release_id: None }) => {
+            Ok(PutBack {
+                release_id: None, ..
+            }) => {
                 let removed = "nothing was there before: what it had made is removed".to_owned();
                 Ok(ended(Outcome::Removed, with_hint(cause, Some(removed))))
             }
@@ -238,19 +245,30 @@ impl Line<'_> {
         touched: &[AppliedObject],
         goal: Option<&Release>,
     ) -> StageResult<PutBack> {
-        let left_over = removal::left_over(touched, goal);
         let Some(goal) = goal else {
             scope.log.line("Removing what the failed release had made");
+            // And what those before it have left, none of which went live.
+            let created = self.agent.store.created(&self.build.environment).await?;
+            let created: Vec<AppliedObject> = created
+                .into_iter()
+                .rev()
+                .map(|(_, object)| object)
+                .collect();
+            let left_over = removal::left_over(&created, None);
             let remove = async |held: Held| {
                 self.end_jobs(scope, &held, touched).await?;
                 self.remove(scope, &held, &left_over).await
             };
             self.holding(scope, None, remove).await?;
-            return Ok(PutBack { release_id: None });
+            return Ok(PutBack {
+                release_id: None,
+                refused: Vec::new(),
+            });
         };
         scope
             .log
             .line(format!("Putting back release {}", describe(goal)));
+        let left_over = removal::left_over(touched, Some(goal));
         let (autoscalers, others) = removal::autoscalers_first(left_over);
         let put_back = async |held: Held| {
             self.end_jobs(scope, &held, touched).await?;
@@ -274,6 +292,7 @@ impl Line<'_> {
             .line(format!("Release {} is back and verified{but}", goal.id));
         Ok(PutBack {
             release_id: Some(goal.id),
+            refused: applied.refused,
         })
     }
 

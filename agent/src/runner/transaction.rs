@@ -2,6 +2,7 @@
 //!
 //! The line forward: plan → its row → apply → verify → smoke test → live → prune. The line back is in `rollback`.
 
+use std::collections::BTreeSet;
 use std::sync::PoisonError;
 use std::time::Duration;
 
@@ -38,6 +39,7 @@ impl Line<'_> {
         let work = async {
             self.settle(&self.unstopped(&log)).await?;
             let release = self.plan(&scope, checked_out, built).await?;
+            let _ = self.heard.set(listening::heard(&scope, &release).await);
             let applied = self
                 .apply(&self.unstopped(&log), &release, Way::Forward)
                 .await;
@@ -134,9 +136,12 @@ impl Line<'_> {
             // What is brought back has served before.
             if !self.build.kind.brings_back() {
                 let touched = self.agent.store.touched(self.build.id).await?;
-                listening::run(&scope, release, &touched).await?;
+                // Nothing is known of before an attempt that died.
+                let nobody = BTreeSet::new();
+                let heard = self.heard.get().unwrap_or(&nobody);
+                listening::run(&scope, release, &touched, heard).await?;
             }
-            soak::run(&scope, release, &rolled_out.left, self.soaked_enough()).await?;
+            soak::run(&scope, release, rolled_out, self.soaked_enough()).await?;
             Ok(live)
         };
         let live = self.journaled(Stage::SmokeTest, &scope, work).await;
@@ -309,6 +314,7 @@ impl Line<'_> {
             release_id: release.id,
             objects,
             unwell: Vec::new(),
+            refused: applying.refused,
         })
     }
 
@@ -318,7 +324,11 @@ impl Line<'_> {
             let created = self.agent.store.created(&self.build.environment).await?;
             let created: Vec<AppliedObject> =
                 created.into_iter().map(|(_, object)| object).collect();
-            removal::prunable(&created, &release.objects)
+            removal::capped(
+                scope,
+                removal::prunable(&created, &release.objects),
+                &created,
+            )
         } else {
             release.prune.clone()
         };

@@ -92,6 +92,8 @@ pub struct Applying<'a> {
     /// A Job that was applied and is to be waited for before anything else.
     job: Option<AppliedObject>,
     deadline: Instant,
+    /// What a rescue could not put back, in a sentence each.
+    pub refused: Vec<String>,
 }
 
 impl<'a> Applying<'a> {
@@ -127,6 +129,7 @@ impl<'a> Applying<'a> {
             is_known_place,
             job: None,
             deadline: Instant::now() + APPLY_LIMIT,
+            refused: Vec::new(),
         })
     }
 
@@ -143,11 +146,12 @@ impl<'a> Applying<'a> {
         if let Some(job) = self.job.take() {
             job::completed(&self.scope, &self.held.cluster, self.release, &job).await?;
         }
-        while let Some(object) = self.release.objects.get(self.next) {
+        let (scope, release) = (self.scope, self.release);
+        while let Some(object) = release.objects.get(self.next) {
             let ordinal = self.next;
             self.next += 1;
             let left = self.deadline.saturating_duration_since(Instant::now());
-            let one = limited(&self.scope, "applying the release", left, self.one(object));
+            let one = limited(&scope, "applying the release", left, self.one(object));
             if let Some(applied) = one.await? {
                 self.job = (applied.kind == "Job").then(|| applied.clone());
                 return Ok(Some((ordinal, applied)));
@@ -156,7 +160,7 @@ impl<'a> Applying<'a> {
         Ok(None)
     }
 
-    async fn one(&self, object: &Value) -> StageResult<Option<AppliedObject>> {
+    async fn one(&mut self, object: &Value) -> StageResult<Option<AppliedObject>> {
         match (kind(object), self.way) {
             // Of a namespace that exists nothing is changed, and `hold` has made the one that did not.
             ("Namespace", _) | ("Job", Way::Back | Way::Rescue) => Ok(None),
@@ -169,11 +173,13 @@ impl<'a> Applying<'a> {
                 {
                     let left = self.as_it_is(object).await?;
                     let stays = left.as_ref().map_or("is missing", |_| "stays as it is");
-                    self.scope.log.line(format!(
+                    let told = format!(
                         "{} cannot be put back as it was and {stays}: {}",
                         display_name(object),
                         cause.sentence
-                    ));
+                    );
+                    self.scope.log.line(&told);
+                    self.refused.push(told);
                     Ok(left)
                 }
                 applied => applied.map(Some),
@@ -250,9 +256,13 @@ impl<'a> Applying<'a> {
         Ok(applied)
     }
 
+    /// The way back has no plan: whatever it wrote counts as its doing.
     fn planned(&self, object: &Value) -> Change {
+        if self.way.is_back() {
+            return Change::Changed;
+        }
         let shown = display_name(object);
-        let planned = |planned: &&Planned| self.way == Way::Forward && planned.object == shown;
+        let planned = |planned: &&Planned| planned.object == shown;
         let planned = self.release.plan.iter().find(planned);
         planned.map_or(Change::Unchanged, |planned| planned.change)
     }

@@ -140,7 +140,14 @@ pub fn in_full(asked: &Asked) -> String {
 /// What the log says of one request: `200 in 4 ms`.
 pub fn outcome(asked: &Asked, judged: &Result<(), Wrong>) -> String {
     let answer = match asked {
-        Asked::Answered(answer) => format!("{} in {} ms", answer.status, answer.took.as_millis()),
+        Asked::Answered(answer) => {
+            let way = if answer.forwarded {
+                ", by a port-forward"
+            } else {
+                ""
+            };
+            format!("{} in {} ms{way}", answer.status, answer.took.as_millis())
+        }
         _ => String::new(),
     };
     let trouble = match judged {
@@ -195,6 +202,7 @@ mod tests {
             status,
             body: body.as_bytes().to_vec(),
             took: Duration::ZERO,
+            forwarded: false,
         });
         judge(&expect, "abc123", &asked).map_err(|wrong| match wrong {
             Wrong::Settled(cause) => format!("{}: {}", cause.id, cause.sentence),

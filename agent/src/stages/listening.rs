@@ -1,8 +1,10 @@
 //! Services that a build has changed and no smoke test asks: whether anybody listens where they lead.
 //!
 //! A Service that selects nothing, and a named port that no container has, are found in the plan; where a number leads is
-//! known only to who connects. A Service that stood as it is before was as it is before: that is no release's fault.
+//! known only to who connects. One that the build leaves as it is, before a workload that it changes, is asked where it answered
+//! before: what nobody listened to already is no release's fault.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use futures_util::future::join_all;
@@ -17,19 +19,26 @@ use crate::builds::Cause;
 use crate::cluster::Cluster;
 use crate::cluster::observe::ask;
 use crate::cluster::proxy::{self, Asked, Place};
+use crate::manifests::{kind, name};
 use crate::release::{AppliedObject, Change, Release};
 
 /// A program without a readiness probe may still be starting: as long as a smoke test waits where pipeline.yaml says nothing.
 const REFUSED_FOR: Duration = Duration::from_secs(30);
 const PAUSE: Duration = Duration::from_secs(1);
+/// Nobody waits longer for a deploy to begin.
+const HEARD_WITHIN: Duration = Duration::from_secs(2);
 
 /// Asks each such Service by a `GET /` at each of its TCP ports. Fails where all of them are refused for `REFUSED_FOR`.
 pub async fn run(
     scope: &Scope<'_>,
     release: &Release,
     touched: &[AppliedObject],
+    heard: &BTreeSet<String>,
 ) -> StageResult<()> {
-    let unasked = unasked(release, touched);
+    let unasked = unasked(release, |service| {
+        let mut touched = touched.iter().filter(|it| it.change != Change::Unchanged);
+        heard.contains(service) || touched.any(|it| it.kind == "Service" && it.name == service)
+    });
     if unasked.is_empty() {
         return Ok(());
     }
@@ -42,6 +51,43 @@ pub async fn run(
         () = scope.cancel.cancelled() => Err(StageError::Canceled),
         checked = join_all(checks) => checked.into_iter().collect(),
     }
+}
+
+/// Before the apply: names of Services that the plan leaves as they are, before pods that it replaces, and that somebody answers.
+pub async fn heard(scope: &Scope<'_>, release: &Release) -> BTreeSet<String> {
+    let is_planned = |kind: &str, name: &str, change| {
+        let shown = format!("{}/{name}", kind.to_lowercase());
+        let mut plan = release.plan.iter();
+        plan.any(|planned| planned.object == shown && planned.change == change)
+    };
+    let replaced: Vec<Value> = release
+        .objects
+        .iter()
+        .filter(|object| is_planned(kind(object), name(object), Change::Changed))
+        .cloned()
+        .collect();
+    let mut services = unasked(release, |service| {
+        is_planned("Service", service, Change::Unchanged)
+    });
+    services.retain(|service| leads_to(service, &replaced));
+    let ask = async {
+        let Ok(cluster) = scope.cluster().await else {
+            return BTreeSet::new();
+        };
+        let asked = services.iter().map(async |service| {
+            let places = tcp_ports(service).map(|port| Place::of_service_port(service, port));
+            let places: Vec<Place> = places.collect();
+            let answers = places.iter().map(|place| proxy::get(&cluster, place, "/"));
+            let answers = join_all(answers).await;
+            let mut answers = answers.iter();
+            answers
+                .any(|asked| matches!(asked, Asked::Answered(_)))
+                .then(|| service.metadata.name.clone())?
+        });
+        join_all(asked).await.into_iter().flatten().collect()
+    };
+    let heard = tokio::time::timeout(HEARD_WITHIN, ask).await;
+    heard.unwrap_or_default()
 }
 
 async fn check(scope: &Scope<'_>, cluster: &Cluster, service: &Service) -> StageResult<()> {
@@ -125,43 +171,36 @@ fn tcp_ports(service: &Service) -> impl Iterator<Item = &ServicePort> {
         .filter(|port| port.protocol.as_deref().is_none_or(|it| it == "TCP"))
 }
 
-/// Services that the build has made or changed, and that lead to pods of its own workloads by an address of their own. One without an address
-/// (`clusterIP: None`) only gives names to pods, and its port is often made up.
-fn unasked(release: &Release, touched: &[AppliedObject]) -> Vec<Service> {
-    let is_changed = |object: &Value| {
-        let mut touched = touched.iter();
-        touched.any(|it| {
-            it.kind == "Service"
-                && it.change != Change::Unchanged
-                && object["metadata"]["name"] == it.name.as_str()
-        })
-    };
-    let asked = |service: &Service| {
-        let name = service.metadata.name.as_deref();
+/// Services of which no smoke test asks and that lead to pods of our own workloads by an address of their own. One without an
+/// address (`clusterIP: None`) only gives names to pods, and its port is often made up.
+fn unasked(release: &Release, is_meant: impl Fn(&str) -> bool) -> Vec<Service> {
+    let is_tested = |service: &str| {
         let mut tests = release.smoke_tests.iter();
-        tests.any(|test| test.service.as_deref() == name)
-    };
-    let leads_to_ours = |service: &Service| {
-        let spec = service.spec.as_ref();
-        let selector = spec.and_then(|spec| spec.selector.as_ref());
-        let is_headless = spec.is_some_and(|spec| spec.cluster_ip.as_deref() == Some("None"));
-        !is_headless
-            && selector.is_some_and(|selector| {
-                !selector.is_empty()
-                    && labels_of_pods(&release.objects).any(|labels| {
-                        let mut wanted = selector.iter();
-                        wanted.all(|(key, value)| labels[key].as_str() == Some(value))
-                    })
-            })
+        tests.any(|test| test.service.as_deref() == Some(service))
     };
     release
         .objects
         .iter()
-        .filter(|object| object["kind"] == "Service" && is_changed(object))
+        .filter(|object| kind(object) == "Service")
+        .filter(|object| is_meant(name(object)) && !is_tested(name(object)))
         .filter_map(|object| serde_json::from_value::<Service>(object.clone()).ok())
-        .filter(|service| !asked(service) && leads_to_ours(service))
+        .filter(|service| leads_to(service, &release.objects))
         .filter(|service| tcp_ports(service).next().is_some())
         .collect()
+}
+
+fn leads_to(service: &Service, objects: &[Value]) -> bool {
+    let spec = service.spec.as_ref();
+    let selector = spec.and_then(|spec| spec.selector.as_ref());
+    let is_headless = spec.is_some_and(|spec| spec.cluster_ip.as_deref() == Some("None"));
+    !is_headless
+        && selector.is_some_and(|selector| {
+            !selector.is_empty()
+                && labels_of_pods(objects).any(|labels| {
+                    let mut wanted = selector.iter();
+                    wanted.all(|(key, value)| labels[key].as_str() == Some(value))
+                })
+        })
 }
 
 /// Of workloads that go on: a Job's pod may have ended.
@@ -257,7 +296,11 @@ mod tests {
                 },
             })
             .collect();
-        let unasked = unasked(&release(objects), &touched);
+        let changed = |service: &str| {
+            let mut touched = touched.iter();
+            touched.any(|it| it.name == service && it.change == Change::Changed)
+        };
+        let unasked = unasked(&release(objects), changed);
         let names: Vec<_> = unasked
             .iter()
             .map(|service| service.metadata.name.as_deref().unwrap())

@@ -22,6 +22,7 @@ pub mod steps;
 pub mod test;
 pub mod verify;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -31,6 +32,7 @@ use tokio_util::sync::CancellationToken;
 use crate::build_log::StageLog;
 use crate::builds::{Build, Cause};
 use crate::cluster::Cluster;
+use crate::cluster::rollout::Standing;
 use crate::config::{Docker, Environment};
 use crate::pipeline::Pipeline;
 use crate::release::{AppliedObject, Unwell};
@@ -188,6 +190,9 @@ pub struct Applied {
     /// Where a release is brought back: what of the serving one was not well before. A push has that in its release.
     #[serde(default)]
     pub unwell: Vec<Unwell>,
+    /// What could not be put back as it was, and why.
+    #[serde(default)]
+    pub refused: Vec<String>,
 }
 
 impl Applied {
@@ -199,7 +204,7 @@ impl Applied {
 }
 
 /// Verify's baton: the rollout is complete.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RolledOut {
     pub release_id: i64,
     /// Workload (`deployment/hello-axum`) and its revision.
@@ -207,6 +212,9 @@ pub struct RolledOut {
     /// Workloads that are no better than before, and no worse: nobody watches them any further.
     #[serde(default)]
     pub left: Vec<String>,
+    /// By workload: what only another changes from here on.
+    #[serde(default)]
+    pub standing: BTreeMap<String, Standing>,
 }
 
 /// Smoke test's baton: the release is live.

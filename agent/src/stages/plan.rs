@@ -24,6 +24,8 @@ use crate::pipeline::Pipeline;
 use crate::release::{AppliedObject, Change, Planned, Release, Unwell};
 
 /// Of a dry run of 500 objects on a slow server.
+/// Of those that a Service selects.
+const PODS_LOOKED_AT: u32 = 100;
 const LIMIT: Duration = Duration::from_secs(600);
 
 /// A pod that has not been ready for so long is not about to be.
@@ -199,17 +201,7 @@ fn lacks_pods(live: &Value) -> bool {
 
 /// What is to be removed once the release is live; too much of it is left, and said.
 fn prune(scope: &Scope<'_>, objects: &[Value], created: &[AppliedObject]) -> Vec<AppliedObject> {
-    let prunable = removal::prunable(created, objects);
-    // A Job leaves with each release.
-    let lasting = |objects: &[AppliedObject]| objects.iter().filter(|it| it.kind != "Job").count();
-    if !scope.environment.prune_many && removal::is_too_much(lasting(&prunable), lasting(created)) {
-        scope.log.line(format!(
-            "{} of {} objects of earlier releases are in the manifests no more: so many are not removed, unless the operator sets `prune_many: true` in agent.yaml",
-            prunable.len(),
-            created.len()
-        ));
-        return Vec::new();
-    }
+    let prunable = removal::capped(scope, removal::prunable(created, objects), created);
     for object in &prunable {
         let name = object.display_name();
         scope.log.line(format!(
@@ -416,12 +408,23 @@ async fn leads_nowhere(
 ) -> StageResult<Vec<Cause>> {
     let mut causes = wiring::unknown_ports(objects);
     let (pods, services) = (cluster.api::<Pod>(), cluster.api::<Service>());
-    for unmatched in wiring::unmatched_services(objects) {
-        let by_selector = ListParams::default().labels(&unmatched.selector).limit(1);
+    let unmatched = wiring::unmatched_services(objects);
+    let standing = match unmatched.is_empty() {
+        true => Vec::new(),
+        false => live_workloads(cluster, objects).await?,
+    };
+    for unmatched in unmatched {
+        let by_selector = ListParams::default()
+            .labels(&unmatched.selector)
+            .limit(PODS_LOOKED_AT);
         let live = seen(scope, || {
             observe::ask("list pods", || pods.list(&by_selector))
         });
-        if live.await?.items.is_empty() {
+        let stays = |pod: &Pod| {
+            let labels = pod.metadata.labels.clone().unwrap_or_default();
+            !wiring::leaves(&standing, &unmatched.selector, &labels)
+        };
+        if !live.await?.items.iter().any(stays) {
             causes.push(wiring::selects_nothing(&unmatched));
         }
     }
@@ -436,6 +439,24 @@ async fn leads_nowhere(
         }
     }
     Ok(causes)
+}
+
+/// Those of the set, as they are before it.
+async fn live_workloads(cluster: &Cluster, objects: &[Value]) -> StageResult<Vec<Value>> {
+    let mut live = Vec::new();
+    for object in objects
+        .iter()
+        .filter(|object| render::is_workload(kind(object)))
+    {
+        let Some(resource) = cluster.resource(object).await? else {
+            continue;
+        };
+        let found = cluster.get(&resource, name(object)).await;
+        live.extend(
+            found.map_err(|answer| answer.into_error(&format!("read {}", display_name(object))))?,
+        );
+    }
+    Ok(live)
 }
 
 /// Asks until the cluster is seen, for as long as it may be away.

@@ -46,7 +46,26 @@ pub fn prunable(created: &[AppliedObject], objects: &[Value]) -> Vec<AppliedObje
     prunable
 }
 
-pub fn is_too_much(pruned: usize, of: usize) -> bool {
+/// None of them where there are too many; that is said.
+pub fn capped(
+    scope: &Scope<'_>,
+    prunable: Vec<AppliedObject>,
+    created: &[AppliedObject],
+) -> Vec<AppliedObject> {
+    // A Job leaves with each release.
+    let lasting = |objects: &[AppliedObject]| objects.iter().filter(|it| it.kind != "Job").count();
+    if scope.environment.prune_many || !is_too_much(lasting(&prunable), lasting(created)) {
+        return prunable;
+    }
+    scope.log.line(format!(
+        "{} of {} objects of other releases are not in this one: so many are not removed, unless the operator sets `prune_many: true` in agent.yaml",
+        prunable.len(),
+        created.len()
+    ));
+    Vec::new()
+}
+
+fn is_too_much(pruned: usize, of: usize) -> bool {
     pruned > PRUNED_MAX || (pruned > 1 && pruned * 2 > of)
 }
 

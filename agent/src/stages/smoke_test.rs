@@ -3,6 +3,7 @@
 //! Requests go through the API server's proxy (`cluster::proxy`), or to an address outside that agent.yaml lists. A test
 //! repeats until it is good; what the API server itself answers is blindness and never a wrong answer.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -17,7 +18,9 @@ use crate::builds::Cause;
 use crate::cluster::Cluster;
 use crate::cluster::observe::{Observer, Unseen, ask};
 use crate::cluster::proxy::{self, Answer, Asked, Place};
+use crate::cluster::rollout::{self, Standing};
 use crate::cluster::snapshot::{self, Snapshot, Target};
+use crate::cluster::wiring;
 use crate::pipeline::SmokeTest;
 use crate::release::{Evidence, Release};
 
@@ -44,6 +47,7 @@ pub async fn run(
         release,
         cluster: &cluster,
         targets: &targets,
+        standing: &rolled_out.standing,
         requests: 0,
         evidence,
     };
@@ -68,6 +72,7 @@ struct Tester<'a> {
     release: &'a Release,
     cluster: &'a Cluster,
     targets: &'a [Target],
+    standing: &'a BTreeMap<String, Standing>,
     requests: u64,
     evidence: &'a mut Vec<Evidence>,
 }
@@ -148,9 +153,19 @@ impl Tester<'_> {
             .filter(selected)
             .collect();
         if asked.is_empty() && !selector.is_empty() {
-            return Err(selects_nothing(service, &selector));
+            if !wiring::selects_a_template(&self.release.objects, &selector) {
+                return Err(selects_nothing(service, &selector));
+            }
+            self.scope.log.line(format!(
+                "GET {path} of service/{service}: no pod is wanted behind it, so none is asked"
+            ));
+            return Ok(());
         }
-        for pod in asked.into_iter().filter(|pod| snapshot::is_ready(pod)) {
+        let ready: Vec<&Pod> = asked
+            .into_iter()
+            .filter(|pod| snapshot::is_ready(pod))
+            .collect();
+        for pod in &ready {
             let name = snapshot::name(pod).to_owned();
             let question = Question {
                 test,
@@ -172,6 +187,7 @@ impl Tester<'_> {
             answers: SERVICE_ANSWERS,
         };
         let (cluster, place) = (self.cluster, Place::of_service(&live));
+        let place = place.by_way_of(ready.iter().map(|pod| Place::of_pod(&live, pod)));
         self.repeat(&question, || proxy::get(cluster, &place, path))
             .await
     }
@@ -325,7 +341,12 @@ impl Tester<'_> {
         let (mut new, mut old) = (Vec::new(), Vec::new());
         let targets = self.targets;
         for target in targets {
-            let Some(snapshot) = self.retried(deadline, || self.snapshot(target)).await? else {
+            let seen = self.retried(deadline, || self.snapshot(target)).await?;
+            let proved = self.standing.get(&target.display_name());
+            if let Some(cause) = rollout::taken_over(target, proved, seen.as_ref()) {
+                return Err(StageError::Failed(cause));
+            }
+            let Some(snapshot) = seen else {
                 continue;
             };
             new.extend(
@@ -336,7 +357,10 @@ impl Tester<'_> {
                     .cloned(),
             );
             let (serving, _) = snapshot.old_pods();
-            old.extend(serving.into_iter().map(|pod| snapshot::uid(pod).to_owned()));
+            let replaced = serving
+                .into_iter()
+                .filter(|pod| !snapshot.is_held_back(pod));
+            old.extend(replaced.map(|pod| snapshot::uid(pod).to_owned()));
         }
         Ok((new, old))
     }
@@ -446,6 +470,7 @@ async fn get_outside(client: &reqwest::Client, address: url::Url) -> Asked {
         status,
         body,
         took: took(),
+        forwarded: false,
     })
 }
 

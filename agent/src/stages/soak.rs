@@ -8,11 +8,12 @@ use std::time::Duration;
 use k8s_openapi::api::core::v1::Pod;
 use tokio::time::Instant;
 
-use super::{Scope, StageError, StageResult};
+use super::{RolledOut, Scope, StageError, StageResult};
 use crate::builds::Cause;
 use crate::cluster::Cluster;
 use crate::cluster::observe::{self, Observer, Sight, Unseen};
 use crate::cluster::probes::recent_probe_failure;
+use crate::cluster::rollout;
 use crate::cluster::snapshot::{self, Running, Snapshot, Target};
 use crate::cluster::words::{last_line, shortened};
 use crate::release::Release;
@@ -21,17 +22,17 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// A probe that fails once in between is no lost readiness.
 const UNREADY_FOR: Duration = Duration::from_secs(2);
 
-/// Watches the workloads of a release, but those that verify `left`, for as long as its `soak_seconds` say. `cut` answers why it
+/// Watches the workloads of a release, but those that verify left, for as long as its `soak_seconds` say. `cut` answers why it
 /// is to end before: what it saw until then counts, and the release stays live.
 pub async fn run(
     scope: &Scope<'_>,
     release: &Release,
-    left: &[String],
+    proved: &RolledOut,
     cut: impl Future<Output = String>,
 ) -> StageResult<()> {
     let length = Duration::from_secs(release.verify.soak_seconds);
     let mut targets = Target::serving(release);
-    targets.retain(|target| !left.contains(&target.display_name()));
+    targets.retain(|target| !proved.left.contains(&target.display_name()));
     if length.is_zero() || targets.is_empty() {
         return Ok(());
     }
@@ -42,7 +43,7 @@ pub async fn run(
         biased;
         // Resumed, it is watched from the beginning.
         () = scope.cancel.cancelled() => return Err(StageError::Canceled),
-        watched = watch(scope, &cluster, &targets, length, cut) => watched,
+        watched = watch(scope, &cluster, &targets, proved, length, cut) => watched,
     };
     match watched.map_err(|error| error.masked(scope.log))? {
         None => scope.log.line(format!(
@@ -75,6 +76,7 @@ async fn watch(
     scope: &Scope<'_>,
     cluster: &Cluster,
     targets: &[Target],
+    proved: &RolledOut,
     length: Duration,
     cut: impl Future<Output = String>,
 ) -> StageResult<Option<Cut>> {
@@ -91,7 +93,12 @@ async fn watch(
         match look(&mut observer, targets).await {
             Ok(snapshots) => {
                 sight.seen();
-                for snapshot in &snapshots {
+                for (target, snapshot) in targets.iter().zip(&snapshots) {
+                    let proved = proved.standing.get(&target.display_name());
+                    let taken_over = rollout::taken_over(target, proved, snapshot.as_ref());
+                    taken_over.map_or(Ok(()), |cause| Err(StageError::Failed(cause)))?;
+                }
+                for snapshot in snapshots.iter().flatten() {
                     if let Some(cause) = judge(cluster, snapshot, &mut pods).await {
                         return Err(StageError::Failed(cause));
                     }
@@ -119,10 +126,14 @@ async fn watch(
     }
 }
 
-async fn look(observer: &mut Observer<'_>, targets: &[Target]) -> Result<Vec<Snapshot>, Unseen> {
+/// None for a workload that is gone.
+async fn look(
+    observer: &mut Observer<'_>,
+    targets: &[Target],
+) -> Result<Vec<Option<Snapshot>>, Unseen> {
     let mut snapshots = Vec::with_capacity(targets.len());
     for target in targets {
-        snapshots.extend(observer.snapshot(target).await?);
+        snapshots.push(observer.snapshot(target).await?);
     }
     Ok(snapshots)
 }

@@ -12,7 +12,7 @@ use super::{Applied, RolledOut, Scope, StageError, StageResult};
 use crate::builds::Cause;
 use crate::cluster::Cluster;
 use crate::cluster::observe::{self, BLIND_RETRY, Changes, Observer, Sight, Unseen};
-use crate::cluster::rollout::{self, History, Trouble, Verdict};
+use crate::cluster::rollout::{self, History, Standing, Trouble, Verdict};
 use crate::cluster::snapshot::{Kind, Snapshot, Target};
 use crate::cluster::tables;
 use crate::release::{Change, Release, Unwell};
@@ -89,6 +89,7 @@ pub async fn run(
                 });
             }
             rollout.remark(scope);
+            cron_jobs(release).for_each(|line| scope.log.line(line));
             rollout.remark_claims(scope, release).await;
             if shown == Show::All {
                 show(scope, &cluster).await;
@@ -109,12 +110,35 @@ pub async fn run(
     let revisions = targets.iter().zip(&rollout.snapshots);
     let revisions =
         revisions.map(|(target, snapshot)| (target.display_name(), rollout::revision(snapshot)));
+    let standing = targets.iter().zip(&rollout.snapshots);
+    let standing =
+        standing.map(|(target, snapshot)| (target.display_name(), Standing::of(snapshot)));
     let left = targets.iter().zip(&rollout.left);
     let left = left.filter_map(|(target, left)| left.as_ref().map(|_| target.display_name()));
     Ok(RolledOut {
         release_id: applied.release_id,
         left: left.collect(),
+        standing: standing.collect(),
         revisions: revisions.collect(),
+    })
+}
+
+/// Whether a program that runs later works is not known now.
+fn cron_jobs(release: &Release) -> impl Iterator<Item = String> {
+    let of_kind = release
+        .objects
+        .iter()
+        .filter(|object| object["kind"] == "CronJob");
+    of_kind.map(|object| {
+        let name = object["metadata"]["name"].as_str().unwrap_or_default();
+        let spec = &object["spec"];
+        match spec["suspend"].as_bool() {
+            Some(true) => format!("cronjob/{name} is applied, and suspended: it does not run"),
+            _ => format!(
+                "cronjob/{name} is applied; it runs at {:?}, and what its runs do is not judged here",
+                spec["schedule"].as_str().unwrap_or_default()
+            ),
+        }
     })
 }
 

@@ -125,15 +125,6 @@ macro_rules! write {
 }
 pub(super) use write;
 
-/// Lets go what an undo holds; a person's own pin stays.
-macro_rules! unpin {
-    () => {
-        "UPDATE environments SET pinned_reason = NULL, pinned_by = NULL, pinned_at = NULL \
-         WHERE name = $1 AND pinned_reason LIKE 'undo to release %'"
-    };
-}
-pub(super) use unpin;
-
 /// Which builds a list shows, newest first.
 #[derive(Debug, Clone, Default, serde::Deserialize)]
 #[serde(default)]
@@ -383,14 +374,22 @@ impl Store {
         cause: Option<&Cause>,
     ) -> anyhow::Result<bool> {
         let cause = cause.map(serde_json::to_string).transpose()?;
-        let rows = on!(&self.main, pool => sqlx::query(
+        let is_lost_undo = build.kind == BuildKind::Undo && status != Status::Passed;
+        let rows = on!(&self.main, pool, BEGIN, lock => {
+            let mut tx = pool.begin_with(BEGIN).await?;
+            if is_lost_undo {
+                super::environments::hold!(tx, lock, &build.environment);
+            }
+            let rows = sqlx::query(
                 "UPDATE builds SET status = $3, outcome = $4, cause = $5, finished_at = $6 WHERE id = $1 AND fence = $2 AND status = 'running'")
-            .bind(build.id).bind(build.fence).bind(status.as_str()).bind(outcome.as_str()).bind(&cause).bind(now())
-            .execute(pool).await?.rows_affected());
-        if rows == 1 && build.kind == BuildKind::Undo && status != Status::Passed {
-            // It did not come about, so that nothing is to be held.
-            on!(&self.main, pool => sqlx::query(unpin!()).bind(&build.environment).execute(pool).await?.rows_affected());
-        }
+                .bind(build.id).bind(build.fence).bind(status.as_str()).bind(outcome.as_str()).bind(&cause).bind(now())
+                .execute(&mut *tx).await?.rows_affected();
+            if rows == 1 && is_lost_undo {
+                super::environments::settle_pin!(tx, &build.environment);
+            }
+            tx.commit().await?;
+            rows
+        });
         fail_point::at("store: finish");
         self.notify();
         Ok(rows == 1)
@@ -411,7 +410,7 @@ impl Store {
             let ended = sqlx::query("UPDATE builds SET status = 'canceled', finished_at = $2 WHERE id = $1 AND status = 'queued'")
                 .bind(id).bind(at).execute(&mut *tx).await?.rows_affected();
             if ended == 1 && build.kind == BuildKind::Undo {
-                sqlx::query(unpin!()).bind(&build.environment).execute(&mut *tx).await?;
+                super::environments::settle_pin!(tx, &build.environment);
             }
             sqlx::query("INSERT INTO audit (at, actor, action, environment, build_id, detail) VALUES ($1, $2, 'cancel', $3, $4, '')")
                 .bind(at).bind(actor).bind(&build.environment).bind(id).execute(&mut *tx).await?;

@@ -39,9 +39,50 @@ row! {
     }
 }
 
+/// So many rows of history are shown, and looked through for what to go back to.
+pub const HISTORY_MAX: i64 = 200;
+pub(super) const HISTORY: &str = "SELECT s.release_id AS release, s.build_id AS build, r.commit_id AS \"commit\", b.title AS title, r.image AS image, \
+    CASE WHEN r.state = 'failed' THEN 'live' ELSE r.state END AS state, b.kind AS kind, b.pushed_by AS \"by\", \
+    s.revisions AS revisions, s.began_at AS began_at, s.ended_at AS ended_at, s.ended_why AS ended_why \
+    FROM servings s JOIN releases r ON r.id = s.release_id JOIN builds b ON b.id = s.build_id WHERE s.environment = $1 \
+    UNION ALL \
+    SELECT r.id, r.build_id, r.commit_id, b.title, r.image, r.state, b.kind, b.pushed_by, '{}', r.planned_at, r.ended_at, r.ended_why \
+    FROM releases r JOIN builds b ON b.id = r.build_id WHERE r.environment = $1 AND r.state IN ('failed', 'adopted') \
+    ORDER BY 10 DESC, 1 DESC LIMIT $2";
+
 fn as_json<S: serde::Serializer>(text: &str, serializer: S) -> Result<S::Ok, S::Error> {
     let value: serde_json::Value = serde_json::from_str(text).unwrap_or_default();
     value.serialize(serializer)
+}
+
+/// What served, as an editor keeps its steps: an undo takes the last ones away, a redo brings them back, and a new release
+/// ends what could be brought back. Of a history, newest first.
+pub fn steps(history: &[Serving]) -> (Vec<&Serving>, Vec<Vec<&Serving>>) {
+    let (mut past, mut undone): (Vec<&Serving>, Vec<Vec<&Serving>>) = (Vec::new(), Vec::new());
+    for row in history.iter().rev().filter(|row| row.state != "failed") {
+        let at = past.iter().position(|known| known.release == row.release);
+        match (row.kind.as_str(), at) {
+            ("undo", Some(at)) => undone.push(past.split_off(at + 1)),
+            ("redo", _) => past.extend(undone.pop().unwrap_or_default()),
+            _ => {
+                undone.clear();
+                past.push(row);
+            }
+        }
+    }
+    (past, undone)
+}
+
+/// The build of the undo by which the release serves that serves now, while not all that was undone is back.
+pub(super) fn standing_undo(history: &[Serving]) -> Option<i64> {
+    let (past, undone) = steps(history);
+    let serving = past.last().filter(|_| !undone.is_empty())?.release;
+    let mut undos = history
+        .iter()
+        .filter(|row| row.kind == "undo" && row.state != "failed");
+    undos
+        .find(|row| row.release == serving)
+        .map(|row| row.build)
 }
 
 impl Store {
@@ -107,15 +148,7 @@ impl Store {
 
     /// What served and what failed to, newest first.
     pub async fn history(&self, environment: &str, limit: i64) -> anyhow::Result<Vec<Serving>> {
-        Ok(on!(&self.main, pool => sqlx::query_as(
-                "SELECT s.release_id AS release, s.build_id AS build, r.commit_id AS \"commit\", b.title AS title, r.image AS image, \
-                 CASE WHEN r.state = 'failed' THEN 'live' ELSE r.state END AS state, b.kind AS kind, b.pushed_by AS \"by\", \
-                 s.revisions AS revisions, s.began_at AS began_at, s.ended_at AS ended_at, s.ended_why AS ended_why \
-                 FROM servings s JOIN releases r ON r.id = s.release_id JOIN builds b ON b.id = s.build_id WHERE s.environment = $1 \
-                 UNION ALL \
-                 SELECT r.id, r.build_id, r.commit_id, b.title, r.image, r.state, b.kind, b.pushed_by, '{}', r.planned_at, r.ended_at, r.ended_why \
-                 FROM releases r JOIN builds b ON b.id = r.build_id WHERE r.environment = $1 AND r.state IN ('failed', 'adopted') \
-                 ORDER BY 10 DESC, 1 DESC LIMIT $2")
+        Ok(on!(&self.main, pool => sqlx::query_as(HISTORY)
             .bind(environment).bind(limit).fetch_all(pool).await?))
     }
 
@@ -180,6 +213,37 @@ macro_rules! pin {
     };
 }
 use pin;
+
+/// An undo has not come about, or what it had undone is back: the pin is that of an undo which waits or runs, else of the one
+/// that stands, else none. A person's own stays.
+macro_rules! settle_pin {
+    ($tx:ident, $environment:expr) => {
+        let coming: Option<i64> = sqlx::query_scalar(
+            "SELECT MAX(id) FROM builds WHERE environment = $1 AND kind = 'undo' AND status IN ('queued', 'running')",
+        )
+        .bind($environment)
+        .fetch_one(&mut *$tx)
+        .await?;
+        let history: Vec<$crate::store::Serving> =
+            sqlx::query_as($crate::store::environments::HISTORY)
+                .bind($environment)
+                .bind($crate::store::environments::HISTORY_MAX)
+                .fetch_all(&mut *$tx)
+                .await?;
+        let holds = coming.or_else(|| $crate::store::environments::standing_undo(&history));
+        sqlx::query(
+            "UPDATE environments SET pinned_reason = (SELECT detail FROM audit WHERE build_id = $2 AND action = 'undo'), \
+             pinned_by = (SELECT actor FROM audit WHERE build_id = $2 AND action = 'undo'), \
+             pinned_at = (SELECT at FROM audit WHERE build_id = $2 AND action = 'undo') \
+             WHERE name = $1 AND pinned_reason LIKE 'undo to release %'",
+        )
+        .bind($environment)
+        .bind(holds)
+        .execute(&mut *$tx)
+        .await?;
+    };
+}
+pub(super) use settle_pin;
 
 macro_rules! audit {
     ($tx:ident, $at:ident, $by:ident, $action:expr, $environment:ident, $build:expr, $detail:expr) => {
@@ -300,5 +364,44 @@ mod tests {
         assert_eq!(store.pinned("hello").await.unwrap().unwrap().reason, "sale");
         store.cancel(id, "admin").await.unwrap();
         assert_eq!(store.pinned("hello").await.unwrap().unwrap().reason, "sale");
+    }
+
+    #[test]
+    fn an_undo_stands_until_all_that_it_undid_is_back() {
+        let told = |rows: &[(i64, &str, i64)]| {
+            let row = |(build, kind, release): &(i64, &str, i64)| Serving {
+                release: *release,
+                build: *build,
+                commit: String::new(),
+                title: String::new(),
+                image: String::new(),
+                state: "live".to_owned(),
+                kind: (*kind).to_owned(),
+                by: String::new(),
+                revisions: String::new(),
+                began_at: *build,
+                ended_at: None,
+                ended_why: None,
+            };
+            let history: Vec<Serving> = rows.iter().rev().map(row).collect();
+            standing_undo(&history)
+        };
+        let three = [(1, "push", 1), (2, "push", 2), (3, "push", 3)];
+        let with = |more: &[(i64, &str, i64)]| told(&[&three, more].concat());
+        assert_eq!(with(&[]), None);
+        assert_eq!(with(&[(4, "undo", 2)]), Some(4));
+        assert_eq!(with(&[(4, "undo", 2), (5, "undo", 1)]), Some(5));
+        assert_eq!(
+            with(&[(4, "undo", 2), (5, "undo", 1), (6, "redo", 2)]),
+            Some(4)
+        );
+        let back = [
+            (4, "undo", 2),
+            (5, "undo", 1),
+            (6, "redo", 2),
+            (7, "redo", 3),
+        ];
+        assert_eq!(with(&back), None);
+        assert_eq!(with(&[(4, "undo", 2), (5, "push", 4)]), None);
     }
 }

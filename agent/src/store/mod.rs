@@ -33,7 +33,7 @@ pub use agents::{LEASE, RENEW_EVERY};
 pub use seal::Unsealable;
 
 pub use builds::{Filter, NewBuild};
-pub use environments::{Pin, Serving};
+pub use environments::{HISTORY_MAX, Pin, Serving, steps};
 pub use github::{Siblings, Untold};
 pub use intake::{Accepted, Delivery};
 pub use logs::NumberedLine;

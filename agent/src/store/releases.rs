@@ -5,7 +5,6 @@ use std::collections::BTreeSet;
 use sqlx::Row;
 
 use super::Store;
-use super::builds::unpin;
 use super::dialect::{on, row};
 use super::seal::SEALED;
 use crate::builds::{Build, BuildKind, Millis, now};
@@ -272,7 +271,7 @@ impl Store {
             )
             .bind(build.id).bind(&release.environment).bind(release.id).bind(&revisions).bind(at).execute(&mut *tx).await?;
             if build.kind == BuildKind::Redo {
-                sqlx::query(unpin!()).bind(&release.environment).execute(&mut *tx).await?;
+                super::environments::settle_pin!(tx, &release.environment);
             }
             sqlx::query("DELETE FROM quarantine WHERE environment = $1 AND commit_id = $2")
                 .bind(&release.environment).bind(&release.commit).execute(&mut *tx).await?;

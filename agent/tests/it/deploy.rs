@@ -134,6 +134,7 @@ impl Place {
                 release_id: release.id,
                 objects,
                 unwell: Vec::new(),
+                refused: Vec::new(),
             })
         })
         .await
@@ -1089,4 +1090,34 @@ async fn a_service_that_would_lead_nowhere_is_refused_before_the_rollout() {
         place.kubectl(&["get", "deployments,services", "-o", "name"]),
         ""
     );
+}
+
+#[tokio::test]
+async fn a_service_that_only_pods_on_their_way_out_carry_is_refused_before_the_rollout() {
+    let place = Place::new("deploy-label");
+    let set = |version: &str, wanted: &str| {
+        let service = format!(
+            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: web}}\nspec: {{selector: {{app: web, {wanted}}}, ports: [{{port: 80}}]}}\n"
+        );
+        let web = deployment("web", "replicas: 1", "ports: [{containerPort: 5000}]");
+        let labeled = web.replacen(
+            "metadata: {labels: {app: web}}",
+            &format!("metadata: {{labels: {{app: web, version: {version}}}}}"),
+            1,
+        );
+        assert_ne!(web, labeled);
+        service + &labeled
+    };
+    place.deploy(1, &set("v1", "version: v1")).await;
+    let count = ["get", "pods", "-l", "app=web,version=v1", "-o", "name"];
+    crate::support::eventually("its pod", std::time::Duration::from_secs(20), async || {
+        place.kubectl(&count).starts_with("pod/").then_some(())
+    })
+    .await;
+    let cause = place.refused(&set("v2", "version: v1")).await;
+    assert_eq!(cause.id, "service_selects_nothing", "{}", cause.sentence);
+    place.plan(2, &set("v2", "version: v2")).await.0.unwrap();
+    // What a controller writes on its pods is in no template.
+    let by_controller = set("v2", "pod-template-hash: abc");
+    place.plan(2, &by_controller).await.0.unwrap();
 }

@@ -1,9 +1,11 @@
 //! A release on the real cluster, put there by kubectl, and what the stages after the apply are given of it.
 
+use std::collections::BTreeSet;
+
 use landfall::build_log::{BuildLog, Masker, StageLog};
 use landfall::builds::{Build, Cause, Stage};
 use landfall::config::{Docker, Environment};
-use landfall::release::{AppliedObject, Change, Evidence, Release};
+use landfall::release::{AppliedObject, Change, Evidence, Planned, Release};
 use landfall::stages::{
     Applied, Live, RolledOut, Scope, StageError, StageResult, job, listening, smoke_test, soak,
     verify,
@@ -88,6 +90,7 @@ impl Stand {
                 .map(|object| self.applied(object))
                 .collect(),
             unwell: Vec::new(),
+            refused: Vec::new(),
         }
     }
 
@@ -133,17 +136,26 @@ impl Stand {
     }
 
     pub async fn smoke_test(&mut self, tests: Value, soak_seconds: u64) -> StageResult<Live> {
-        self.release.smoke_tests = serde_json::from_value(tests).unwrap();
-        self.release.verify.soak_seconds = soak_seconds;
         let rolled_out = RolledOut {
             release_id: 7,
-            revisions: Vec::new(),
-            left: Vec::new(),
+            ..RolledOut::default()
         };
+        self.smoke_test_after(&rolled_out, tests, soak_seconds)
+            .await
+    }
+
+    pub async fn smoke_test_after(
+        &mut self,
+        rolled_out: &RolledOut,
+        tests: Value,
+        soak_seconds: u64,
+    ) -> StageResult<Live> {
+        self.release.smoke_tests = serde_json::from_value(tests).unwrap();
+        self.release.verify.soak_seconds = soak_seconds;
         let log = self.log.stage(Stage::SmokeTest);
         let scope = self.scope(&log);
         let mut evidence = Vec::new();
-        let live = smoke_test::run(&scope, &self.release, &rolled_out, &mut evidence).await;
+        let live = smoke_test::run(&scope, &self.release, rolled_out, &mut evidence).await;
         let soaked = match &live {
             Ok(_) => {
                 let never = CancellationToken::new();
@@ -155,7 +167,7 @@ impl Stand {
                     self.cancel.cancelled().await;
                     "the test says so".to_owned()
                 };
-                soak::run(&scope, &self.release, &[], cut).await
+                soak::run(&scope, &self.release, rolled_out, cut).await
             }
             Err(_) => Ok(()),
         };
@@ -168,7 +180,29 @@ impl Stand {
         let log = self.log.stage(Stage::SmokeTest);
         let objects = self.release.objects.iter();
         let touched: Vec<_> = objects.map(|object| self.applied(object)).collect();
-        listening::run(&self.scope(&log), &self.release, &touched).await
+        listening::run(&self.scope(&log), &self.release, &touched, &BTreeSet::new()).await
+    }
+
+    /// Which Services somebody answers that a plan leaves as they are, where it changes every workload.
+    pub async fn heard(&mut self) -> BTreeSet<String> {
+        let planned = |object: &Value| Planned {
+            object: landfall::manifests::display_name(object),
+            change: match object["kind"] == "Service" {
+                true => Change::Unchanged,
+                false => Change::Changed,
+            },
+            lines: Vec::new(),
+            notes: Vec::new(),
+        };
+        self.release.plan = self.release.objects.iter().map(planned).collect();
+        let log = self.log.stage(Stage::Deploy);
+        listening::heard(&self.scope(&log), &self.release).await
+    }
+
+    /// As `listens`, where the Services stand as they were, and these answered before.
+    pub async fn still_listens(&self, heard: &BTreeSet<String>) -> StageResult<()> {
+        let log = self.log.stage(Stage::SmokeTest);
+        listening::run(&self.scope(&log), &self.release, &[], heard).await
     }
 
     /// Does this to the namespace as soon as the log says these words; what was logged until then is lost to `log`.

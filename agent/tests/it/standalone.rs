@@ -96,6 +96,51 @@ fn verify_says_why_a_rollout_fails_long_before_kubectl() {
     assert!(said.contains("has no rollout"), "{said}");
 }
 
+/// Whoever looks at any one moment finds it running.
+#[test]
+fn verify_is_not_taken_in_by_a_program_that_dies_every_few_seconds() {
+    let namespace = Namespace::new("dying");
+    let dying = deployment(&busybox(), "sleep 3; exit 7");
+    kubectl_apply(
+        &namespace.0,
+        &dying.replace("periodSeconds: 1", "periodSeconds: 2"),
+    );
+    for _ in 0..100 {
+        let restarts = kubectl(&[
+            "-n",
+            &namespace.0,
+            "get",
+            "pods",
+            "-o",
+            "jsonpath={.items[*].status.containerStatuses[0].restartCount}{.items[*].status.containerStatuses[0].state.running}",
+        ]);
+        if restarts.starts_with("1 1") && restarts.matches("startedAt").count() == 2 {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    let (code, said) = landfall(&namespace, &["verify", "deployment/web", "--timeout", "1m"]);
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("exited with code 7"), "{said}");
+}
+
+#[test]
+fn deploy_shows_no_value_of_a_secret() {
+    let namespace = Namespace::new("masked");
+    let file = tempfile::NamedTempFile::with_suffix(".yaml").unwrap();
+    let secret = "---\napiVersion: v1\nkind: Secret\nmetadata: {name: db}\nstringData: {password: tell-nobody-of-this}\n";
+    let says = "echo cannot log in with tell-nobody-of-this; exit 3";
+    let set = [secret, "---\n", &deployment(&busybox(), says)].concat();
+    std::fs::write(file.path(), set).unwrap();
+    let path = file.path().to_str().unwrap();
+    let (code, said) = landfall(&namespace, &["deploy", "-f", path, "--timeout", "1m"]);
+    assert_eq!(code, Some(1), "{said}");
+    assert!(
+        said.contains("cannot log in with") && !said.contains("tell-nobody"),
+        "{said}"
+    );
+}
+
 #[test]
 fn verify_waits_for_a_job_and_says_how_it_ended() {
     let namespace = Namespace::new("job-by-hand");

@@ -399,14 +399,14 @@ fn pod_template(ns: &str, shell: &str) -> (Value, Value) {
     )
 }
 
-fn stateful(ns: &str, replicas: u32, partition: u32, shell: &str) -> Value {
+pub fn stateful(ns: &str, replicas: u32, partition: u32, shell: &str) -> Value {
     let (selector, template) = pod_template(ns, shell);
     json!({"apiVersion": "apps/v1", "kind": "StatefulSet", "metadata": {"name": "db", "namespace": ns},
         "spec": {"replicas": replicas, "serviceName": "db", "selector": selector, "template": template,
             "updateStrategy": {"type": "RollingUpdate", "rollingUpdate": {"partition": partition}}}})
 }
 
-fn daemon(ns: &str, shell: &str) -> Value {
+pub fn daemon(ns: &str, shell: &str) -> Value {
     let (selector, template) = pod_template(ns, shell);
     json!({"apiVersion": "apps/v1", "kind": "DaemonSet", "metadata": {"name": "agent", "namespace": ns}, "spec": {"selector": selector, "template": template}})
 }

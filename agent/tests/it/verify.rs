@@ -17,7 +17,7 @@ use crate::stand::{
     SERVE, Stand, cause, container, deployment, ready_when_it_answers, service, serving,
 };
 use crate::support::{self, agent_kubeconfig, kubectl};
-use crate::verdicts::claim;
+use crate::verdicts::{claim, daemon, stateful};
 
 #[tokio::test]
 async fn a_good_rollout_is_complete_shown_and_answers() {
@@ -168,6 +168,56 @@ async fn each_wrong_answer_fails_the_smoke_test_with_its_cause() {
 }
 
 #[tokio::test]
+async fn where_the_api_server_may_not_ask_pods_their_node_does() {
+    let mut stand = Stand::new("forwarded", serving);
+    stand.verify().await.unwrap();
+    let namespace = stand.namespace.0.clone();
+    let own = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(own.path(), agent_kubeconfig(&namespace)).unwrap();
+    stand.environment.kubeconfig = Some(own.path().to_owned());
+    let of_agent =
+        format!("/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}/roles/landfall-agent");
+    change(&of_agent, |role| {
+        let rules = role["rules"].as_array_mut().unwrap();
+        rules.retain(|rule| !rule["resources"].to_string().contains("/proxy"));
+    });
+    let good = json!({"get": "/", "service": "web", "expect": {"json": {"status": "healthy"}}});
+    stand.smoke_test(json!([good]), 0).await.unwrap();
+    let log = stand.log().await;
+    for who in ["GET / of pod web-", "GET / of service/web: 200 in "] {
+        let line = log.lines().find(|line| line.starts_with(who));
+        assert!(
+            line.is_some_and(|line| line.ends_with(", by a port-forward")),
+            "{log}"
+        );
+    }
+    let missing = json!({"get": "/nothing", "service": "web"});
+    let wrong = cause(stand.smoke_test(json!([missing]), 0).await);
+    assert_eq!(wrong.id, "smoke_wrong_status", "{wrong:?}");
+
+    change(
+        &format!("/api/v1/namespaces/{namespace}/services/web"),
+        |web| {
+            web["spec"]["ports"][0]["targetPort"] = json!(81);
+        },
+    );
+    let nobody = json!({"get": "/", "service": "web", "timeout_seconds": 2});
+    let wrong = cause(stand.smoke_test(json!([nobody]), 0).await);
+    assert!(
+        wrong.id == "smoke_no_answer" && wrong.sentence.contains("refused"),
+        "{wrong:?}"
+    );
+}
+
+/// As the cluster's admin.
+fn change(path: &str, how: impl FnOnce(&mut serde_json::Value)) {
+    let live = support::api("GET", path, None).unwrap();
+    let mut object = serde_json::from_str(&live).unwrap();
+    how(&mut object);
+    support::api("PUT", path, Some(&object)).unwrap();
+}
+
+#[tokio::test]
 async fn a_service_that_leads_nowhere_fails_the_smoke_test() {
     let mut stand = Stand::new("nowhere", |namespace| {
         vec![service(namespace, "other"), deployment(namespace, 1, SERVE)]
@@ -248,6 +298,30 @@ async fn a_service_that_no_smoke_test_asks_must_lead_to_somebody_who_listens() {
 }
 
 #[tokio::test]
+async fn a_program_that_moves_its_port_under_an_unchanged_service_is_found() {
+    let mut stand = Stand::new("moves", |namespace| {
+        let mut dead = service(namespace, "web");
+        dead["metadata"]["name"] = json!("dead");
+        dead["spec"]["ports"] = json!([{"port": 80, "targetPort": 9}]);
+        vec![
+            service(namespace, "web"),
+            dead,
+            deployment(namespace, 1, SERVE),
+        ]
+    });
+    stand.verify().await.unwrap();
+    let heard = stand.heard().await;
+    assert_eq!(heard.iter().collect::<Vec<_>>(), ["web"]);
+    stand.still_listens(&heard).await.unwrap();
+    let moved = SERVE.replace("8080", "9090");
+    stand.release.objects[2] = deployment(&stand.namespace.0.clone(), 1, &moved);
+    stand.verify().await.unwrap();
+    let cause = cause(stand.still_listens(&heard).await);
+    assert_eq!(cause.id, "smoke_no_answer", "{cause:?}");
+    assert!(cause.sentence.contains("service/web"), "{cause:?}");
+}
+
+#[tokio::test]
 async fn a_program_that_dies_after_the_smoke_test_fails_in_the_soak() {
     let shell = "(sleep 14; echo 'panicked at the wrong moment'; kill -9 -1) & mkdir /tmp/www; httpd -f -p 8080 -h /tmp/www; exit 3";
     let mut stand = Stand::new("soak", |namespace| {
@@ -306,6 +380,65 @@ async fn pods_that_are_taken_away_in_the_soak_are_no_fault_of_the_release() {
         .unwrap();
     taking.await.unwrap();
     assert!(stand.log().await.contains("15 s without a restart"));
+}
+
+#[tokio::test]
+async fn what_another_deletes_or_changes_in_the_soak_is_said() {
+    let image = json!({"spec": {"template": {"spec": {"containers": [{"name": "app", "image": "localhost:1/other:1"}]}}}});
+    for (name, says) in [("deleted", "was deleted"), ("changed", "was changed")] {
+        let mut stand = Stand::new(name, serving);
+        let rolled_out = stand.verify().await.unwrap();
+        let patch = image.to_string();
+        let meddling = stand.at("Soak: watching for 60 s", move |namespace| {
+            let web = ["-n", namespace, "patch", "deployment", "web", "-p", &patch];
+            match name {
+                "deleted" => kubectl(&["-n", namespace, "delete", "deployment", "web"]),
+                _ => kubectl(&web),
+            };
+        });
+        let tests = json!([{"get": "/", "service": "web"}]);
+        let cause = cause(stand.smoke_test_after(&rolled_out, tests, 60).await);
+        meddling.await.unwrap();
+        assert_eq!(cause.id, "changed_by_another", "{cause:?}");
+        assert!(cause.sentence.contains(says), "{cause:?}");
+    }
+}
+
+#[tokio::test]
+async fn pods_that_a_partition_holds_back_fail_no_smoke_test() {
+    let mut stand = Stand::new("partition", |ns| {
+        vec![service(ns, "web"), stateful(ns, 3, 2, SERVE)]
+    });
+    stand.verify().await.unwrap();
+    let template = &mut stand.release.objects[1]["spec"]["template"];
+    template["metadata"]["annotations"]["landfall.dev/release"] = json!("bbbb");
+    stand.verify().await.unwrap();
+    let tests = json!([{"get": "/", "service": "web", "timeout_seconds": 10}]);
+    stand.smoke_test(tests, 0).await.unwrap();
+    let log = stand.log().await;
+    assert!(
+        log.contains("GET / of pod db-2: 200") && !log.contains("GET / of pod db-1"),
+        "{log}"
+    );
+}
+
+#[tokio::test]
+async fn a_workload_of_no_pods_beside_another_is_not_asked() {
+    let mut stand = Stand::new("nopods", |ns| {
+        vec![
+            service(ns, "web"),
+            deployment(ns, 0, SERVE),
+            daemon(ns, SERVE),
+        ]
+    });
+    let template = &mut stand.release.objects[2]["spec"];
+    template["selector"]["matchLabels"]["app"] = json!("agent");
+    template["template"]["metadata"]["labels"]["app"] = json!("agent");
+    stand.verify().await.unwrap();
+    let tests = json!([{"get": "/", "service": "web", "timeout_seconds": 5}]);
+    stand.smoke_test(tests, 0).await.unwrap();
+    let log = stand.log().await;
+    assert!(log.contains("no pod is wanted behind it"), "{log}");
 }
 
 /// Stands before the API server: it has forgotten every watch (410), and every third request comes too soon for it (429).
