@@ -80,7 +80,8 @@ async fn take(app: &App, request: Request<Body>) -> Result<Response, Rejection> 
         Meaning::Push(push) => push,
         Meaning::Ignored(why) => return Ok(ignored(&why)),
     };
-    let takers = match takers(&push, &environments, &app.config.environments)? {
+    let renamed = renamed(app, &push, &environments).await?;
+    let takers = match takers(&push, &environments, &app.config.environments, &renamed)? {
         Takers::Environments(names) => names,
         Takers::Nobody(why) => return Ok(ignored(&why)),
     };
@@ -361,16 +362,53 @@ enum Takers<'a> {
     Nobody(String),
 }
 
+/// Signed environments whose repository has another name by now: its number stays.
+async fn renamed(
+    app: &App,
+    push: &Push,
+    signed: &[&Environment],
+) -> Result<Vec<String>, Rejection> {
+    let Some(id) = push.repository_id else {
+        return Ok(Vec::new());
+    };
+    let is_known = |environment: &Environment| {
+        environment
+            .repository
+            .eq_ignore_ascii_case(&push.repository)
+    };
+    if app.config.environments.iter().any(is_known) {
+        return Ok(Vec::new());
+    }
+    let names: Vec<&str> = signed
+        .iter()
+        .map(|environment| environment.name.as_str())
+        .collect();
+    let found = app.store.of_repository(&names, id).await;
+    let found = found.map_err(|error| {
+        tracing::error!(
+            error = format!("{error:#}"),
+            "cannot read whose repository this is"
+        );
+        Rejection::NotStored
+    })?;
+    if !found.is_empty() {
+        tracing::warn!(environments = ?found, "their repository is now called {:?}: change `repository` and `clone_url` in agent.yaml", push.repository);
+    }
+    Ok(found)
+}
+
 /// A secret counts only for its own environments: a push that names the repository of another one is unsigned.
 fn takers<'a>(
     push: &Push,
     signed: &[&'a Environment],
     all: &[Environment],
+    renamed: &[String],
 ) -> Result<Takers<'a>, Rejection> {
     let of_repository = |environment: &&Environment| {
         environment
             .repository
             .eq_ignore_ascii_case(&push.repository)
+            || renamed.contains(&environment.name)
     };
     let mut ours = signed.iter().copied().filter(of_repository).peekable();
     if ours.peek().is_none() {

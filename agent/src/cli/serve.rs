@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::systemd::{self, Inherited};
@@ -22,10 +23,10 @@ const ADMIN_TOKEN_MIN: usize = 32;
 
 pub async fn run(config_path: &Path) -> anyhow::Result<ExitCode> {
     match start(config_path).await {
-        Ok(serving) => {
-            serving.until_signal().await;
-            Ok(ExitCode::SUCCESS)
-        }
+        Ok(serving) => Ok(match serving.until_signal().await {
+            true => ExitCode::SUCCESS,
+            false => ExitCode::FAILURE,
+        }),
         Err(error) => {
             eprintln!("landfall: {error:#}");
             Ok(ExitCode::from(EXIT_CONFIGURATION))
@@ -93,7 +94,8 @@ async fn start(config_path: &Path) -> anyhow::Result<Serving> {
 }
 
 impl Serving {
-    async fn until_signal(self) {
+    /// False where it ended because of a fault of its own.
+    async fn until_signal(self) -> bool {
         let Self {
             app,
             agent,
@@ -108,58 +110,63 @@ impl Serving {
         );
         tracing::info!(listen = %app.config.listen, environments = app.config.environments.len(), "serving");
         let limits = server::Limits::of_process();
-        let pages = tokio::spawn(server::serve(
-            listener,
-            server::routes(app.clone()),
-            limits.clone(),
-            shutdown.clone(),
-        ));
-        let webhook = webhook_listener.map(|listener| {
-            tokio::spawn(server::serve(
-                listener,
-                server::webhook_routes(app.clone()),
-                limits,
-                shutdown.clone(),
-            ))
-        });
-        let github = tokio::spawn(github::run(
+        let mut tasks = JoinSet::new();
+        if let Some(listener) = webhook_listener {
+            let routes = server::webhook_routes(app.clone());
+            let serving = server::serve(listener, routes, limits.clone(), shutdown.clone());
+            tasks.spawn(serving);
+        }
+        let routes = server::routes(app.clone());
+        tasks.spawn(server::serve(listener, routes, limits, shutdown.clone()));
+        tasks.spawn(github::run(
             Arc::clone(&app.config),
             app.store.clone(),
             agent.holder.clone(),
             shutdown.clone(),
         ));
-        let deliveries = tokio::spawn(github::deliveries::run(
+        tasks.spawn(github::deliveries::run(
             Arc::clone(&app.config),
             app.store.clone(),
             agent.holder.clone(),
             shutdown.clone(),
         ));
-        let reconciler = tokio::spawn(reconcile::run(Arc::clone(&agent), shutdown.clone()));
-        let sweeper = tokio::spawn(sweep::run(Arc::clone(&agent), shutdown.clone()));
-        let queue = tokio::spawn(queue::run(agent, shutdown.clone()));
-        let systemd = tokio::spawn(systemd::tell(shutdown.clone()));
-        wait_for_signal().await;
-        tracing::info!(
-            "stopping; running builds are left for the next start, a second signal ends at once"
-        );
-        shutdown.cancel();
-        let all = async {
-            let _ = queue.await;
-            let _ = pages.await;
-            if let Some(webhook) = webhook {
-                let _ = webhook.await;
-            }
-            let _ = github.await;
-            let _ = deliveries.await;
-            let _ = reconciler.await;
-            let _ = sweeper.await;
-            let _ = systemd.await;
+        tasks.spawn(reconcile::run(Arc::clone(&agent), shutdown.clone()));
+        tasks.spawn(sweep::run(Arc::clone(&agent), shutdown.clone()));
+        tasks.spawn(queue::run(agent, shutdown.clone()));
+        tasks.spawn(systemd::tell(shutdown.clone()));
+        let is_well = tokio::select! {
+            () = wait_for_signal() => true,
+            () = panicked(&mut tasks) => false,
         };
+        match is_well {
+            true => tracing::info!(
+                "stopping; running builds are left for the next start, a second signal ends at once"
+            ),
+            false => tracing::error!(
+                "a part of the agent has panicked, which is a fault of ours: ending, so that a new start takes everything up again"
+            ),
+        }
+        shutdown.cancel();
         tokio::select! {
-            () = all => {}
+            () = ended(&mut tasks) => {}
             () = wait_for_signal() => tracing::warn!("second signal: ended at once"),
         }
+        is_well
     }
+}
+
+/// Parts that have nothing to do end by themselves.
+async fn panicked(tasks: &mut JoinSet<()>) {
+    while let Some(ended) = tasks.join_next().await {
+        if ended.is_err() {
+            return;
+        }
+    }
+    std::future::pending().await
+}
+
+async fn ended(tasks: &mut JoinSet<()>) {
+    while tasks.join_next().await.is_some() {}
 }
 
 async fn wait_for_signal() {
@@ -192,4 +199,28 @@ fn admin_token(data_dir: &Path) -> anyhow::Result<String> {
         path.display()
     );
     Ok(token)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_part_that_panics_is_noticed_and_one_that_has_nothing_to_do_is_none() {
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async {});
+        tasks.spawn(std::future::pending());
+        let soon = Duration::from_millis(200);
+        assert!(
+            tokio::time::timeout(soon, panicked(&mut tasks))
+                .await
+                .is_err()
+        );
+        tasks.spawn(async { panic!("as the test wishes") });
+        tokio::time::timeout(soon, panicked(&mut tasks))
+            .await
+            .unwrap();
+    }
 }

@@ -165,5 +165,8 @@ fn bounded(text: &str) -> String {
     while !text.is_char_boundary(cut) {
         cut += 1;
     }
-    text.get(cut..).unwrap_or_default().to_owned()
+    // PostgreSQL stores no NUL in a text.
+    text.get(cut..)
+        .unwrap_or_default()
+        .replace('\0', "\u{fffd}")
 }

@@ -174,7 +174,8 @@ impl BuildView {
             release_id: build.release_id,
             restored_release: build.restored_release,
             attempt: build.attempt,
-            superseded_by: build.superseded_by,
+            // One that a backup brought back has given way to nobody.
+            superseded_by: build.superseded_by.filter(|by| *by != build.id),
             queued: Moment::new(build.queued_at, now),
             finished: build.finished_at.map(|at| Moment::new(at, now)),
             took: Span::new(build.started_at, build.finished_at, !is_over, now),

@@ -35,11 +35,13 @@ const SETTLE: Duration = Duration::from_millis(200);
 /// Builds looked at in one pass.
 const OPEN_MAX: i64 = 500;
 const BACKOFF_FIRST: Duration = Duration::from_secs(1);
-const BACKOFF_MAX: Duration = Duration::from_mins(5);
+const BACKOFF_MAX: Duration = Duration::from_mins(1);
 /// Where a secondary limit names no time, GitHub asks for a minute.
 const LIMIT_UNNAMED: Duration = Duration::from_mins(1);
 /// No honest limit is longer.
 const LIMIT_MAX: Duration = Duration::from_hours(24);
+/// Tries of one status that all others wait for.
+const ALONE_AFTER: i64 = 3;
 /// After so many refusals of one status it is not tried again.
 const REFUSALS_MAX: i64 = 5;
 /// Nobody waits for the status of an older build: a token that comes late does not tell a year of them.
@@ -238,7 +240,9 @@ impl Teller {
         let at = now();
         let mut waiting = Waiting::default();
         let mut next_at = Millis::MAX;
-        for one in open.iter().filter(|one| one.next_at > at) {
+        // A wait that no honest limit is as long as was counted by a wrong clock.
+        let waits = |one: &&Untold| one.next_at > at && one.next_at <= at + millis(LIMIT_MAX);
+        for one in open.iter().filter(waits) {
             next_at = next_at.min(one.next_at);
             waiting.add(
                 Whom::of(one.problem.as_deref().unwrap_or_default()),
@@ -442,7 +446,10 @@ fn judge(code: u16, headers: &HeaderMap, message: &str, tries: i64, at: Millis) 
                 problem,
             }
         }
-        401 | 408 | 500.. => later(Whom::Everyone, tries, at, problem),
+        401 => later(Whom::Everyone, tries, at, problem),
+        // GitHub is away; where one word alone is answered so again and again, the others need not wait for it.
+        408 | 500.. if tries < ALONE_AFTER => later(Whom::Everyone, tries, at, problem),
+        408 | 500.. => later(Whom::Repository, tries, at, problem),
         // Renamed, gone, or not the token's to write to: the operator can mend it.
         200 | 300..=399 | 403 | 404 | 410 | 451 => later(Whom::Repository, tries, at, problem),
         // The commit may not be everywhere at GitHub yet; then it is a refusal.

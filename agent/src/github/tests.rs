@@ -181,8 +181,10 @@ fn answers_make_those_wait_whom_they_concern() {
         Sent::Later { whom, .. } => Some(whom),
         _ => None,
     };
-    for code in [401, 500, 502, 503] {
-        assert_eq!(whom(code, 1000), Some(Whom::Everyone), "{code}");
+    assert_eq!(whom(401, 1000), Some(Whom::Everyone));
+    for code in [500, 502, 503] {
+        assert_eq!(whom(code, 0), Some(Whom::Everyone), "{code}");
+        assert_eq!(whom(code, ALONE_AFTER), Some(Whom::Repository), "{code}");
     }
     for code in [200, 301, 403, 404] {
         assert_eq!(whom(code, 1000), Some(Whom::Repository), "{code}");

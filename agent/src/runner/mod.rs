@@ -10,12 +10,14 @@ mod transaction;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use anyhow::Context;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::OnceCell;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::build_log::{BuildLog, FLUSH_EVERY, Masker, StageLog};
@@ -33,6 +35,8 @@ use crate::stages::{
 use crate::store::{Pin, Store, make_private_dir};
 use rollback::Earlier;
 
+const LOG_WAITS: Duration = Duration::from_secs(20);
+const LOG_RETRY: Duration = Duration::from_millis(500);
 /// A build that kills its agent again and again in one stage must not do so for ever.
 const LOSSES_MAX: i64 = 3;
 /// Nor one that does it in several.
@@ -180,32 +184,45 @@ async fn name_commit(
     Ok(())
 }
 
-/// Stores what the stages say, a chunk every `FLUSH_EVERY`, until the log is closed. Lines that the store refuses are
-/// lost, and the operator is told: a full disk must not hold up a release.
+/// Stores what the stages say, a chunk every `FLUSH_EVERY`, until the log is closed. A store that is away is waited for, once
+/// for `LOG_WAITS`. Lines that it refuses then are lost, and the operator is told: a full disk must not hold up a release.
 fn write_log(store: Store, build: Build, log: BuildLog, mut next: i64) -> JoinHandle<()> {
     tokio::spawn(async move {
-        while let Some(lines) = log.drain().await {
-            let stored = async {
-                if !store.is_alone() {
+        let mut is_away = false;
+        while let Some(mut lines) = log.drain().await {
+            let begun = Instant::now();
+            loop {
+                let stored = async {
                     // The log is no place for who lost the build while it slept.
-                    store.ensure_held(&build).await?;
-                }
-                store.append_log(build.id, next, &lines).await
-            };
-            match stored.await {
-                Ok(after) => next = after,
-                Err(error) => {
-                    // Some of them may be there: what comes next goes behind those.
-                    if let Ok((end, _)) = store.log_end(build.id).await {
-                        next = end;
+                    if !store.is_alone() && !store.is_held(&build).await? {
+                        return Ok(next);
                     }
+                    store.append_log(build.id, next, &lines).await
+                };
+                let error = match stored.await {
+                    Ok(after) => {
+                        (next, is_away) = (after, false);
+                        break;
+                    }
+                    Err(error) => error,
+                };
+                // Some of them may be there: what comes next goes behind those.
+                if let Ok((end, _)) = store.log_end(build.id).await {
+                    let there = usize::try_from(end - next).unwrap_or(0);
+                    lines.drain(..there.min(lines.len()));
+                    next = end;
+                }
+                if is_away || begun.elapsed() >= LOG_WAITS {
+                    is_away = true;
                     tracing::error!(
                         build = build.id,
                         lines = lines.len(),
                         error = format!("{error:#}"),
                         "lines of the build log are lost"
                     );
+                    break;
                 }
+                tokio::time::sleep(LOG_RETRY).await;
             }
             tokio::time::sleep(FLUSH_EVERY).await;
         }
@@ -368,6 +385,7 @@ impl<'a> Line<'a> {
                 (release, applied)
             }
             None => {
+                self.settle_early().await?;
                 if let Some(held_back) = self.held_back().await? {
                     return Ok(held_back);
                 }

@@ -369,6 +369,22 @@ impl Line<'_> {
         Ok(())
     }
 
+    /// Also for a build that is held back, or whose tests fail. What cannot be done now is tried again by its deploy.
+    pub(super) async fn settle_early(&self) -> StageResult<()> {
+        let log = self.log.stage(Stage::Checkout);
+        match self.settle(&self.scope(&log)).await {
+            Err(StageError::Canceled) => Err(StageError::Canceled),
+            Err(error) => {
+                log.line(format!(
+                    "What an earlier build left cannot be put right yet: {}",
+                    error.sentence()
+                ));
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+
     async fn keep_evidence(&self, scope: &Scope<'_>, failed: &Release, touched: &[AppliedObject]) {
         let kept = async {
             if !self.agent.store.evidence(self.build.id).await?.is_empty() {

@@ -7,14 +7,15 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::{Context, bail, ensure};
-use sqlx::ConnectOptions;
-use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqlitePool};
+use sqlx::{ConnectOptions, Connection};
 
 use super::{lock, make_private_dir};
 use crate::builds::now;
 
-/// The databases of a data folder.
-const DATABASES: [&str; 2] = ["landfall.db", "logs.db"];
+/// The databases of a data folder, in the order in which they are copied: no log is there without its build.
+const DATABASES: [&str; 2] = ["logs.db", "landfall.db"];
+const BUILDS: &str = "landfall.db";
 /// What it needs beside them: without the key the Secrets of releases cannot be read.
 const SECRETS: [&str; 2] = ["admin-token", "seal-key"];
 /// What SQLite keeps beside a database.
@@ -23,7 +24,7 @@ const SIDE_FILES: [&str; 2] = ["-wal", "-shm"];
 /// Copies the store of a data folder into `to`, which must be missing or empty. The agent may run.
 pub async fn backup(data_dir: &Path, to: &Path) -> anyhow::Result<()> {
     ensure!(
-        data_dir.join(DATABASES[0]).exists(),
+        data_dir.join(BUILDS).exists(),
         "{} holds no store",
         data_dir.display()
     );
@@ -84,8 +85,59 @@ pub async fn restore(from: &Path, data_dir: &Path) -> anyhow::Result<Option<Path
             std::fs::File::open(data_dir.join(name))?.sync_all()?;
         }
     }
+    end_builds(&data_dir.join(BUILDS)).await?;
     std::fs::File::open(data_dir)?.sync_all()?;
     Ok(had_any.then_some(aside))
+}
+
+/// What waited or ran at the time of the backup would lead back behind all that came after it. It counts as no push either, so
+/// that the branch's head is looked at.
+async fn end_builds(path: &Path) -> anyhow::Result<()> {
+    let cause = crate::builds::Cause::new(
+        "restored",
+        "the store was restored from a backup in which this build had not ended",
+    );
+    let mut builds = open(path).await?;
+    sqlx::query(
+        "UPDATE builds SET status = 'canceled', cause = $1, finished_at = $2, superseded_by = id WHERE status IN ('queued', 'running')",
+    )
+    .bind(serde_json::to_string(&cause)?)
+    .bind(now())
+    .execute(&mut builds)
+    .await
+    .context("cannot end the builds of the backup")?;
+    builds.close().await?;
+    Ok(())
+}
+
+/// Gives the disk back what was swept out of a database, once that is a quarter of it: in small steps, so that nobody waits
+/// long. A file of before is written anew for it, once.
+pub(super) async fn shrink(pool: &SqlitePool) -> anyhow::Result<()> {
+    let mut database = pool.acquire().await?;
+    let mode: i64 = sqlx::query_scalar("PRAGMA auto_vacuum")
+        .fetch_one(&mut *database)
+        .await?;
+    loop {
+        let free: i64 = sqlx::query_scalar("PRAGMA freelist_count")
+            .fetch_one(&mut *database)
+            .await?;
+        let pages: i64 = sqlx::query_scalar("PRAGMA page_count")
+            .fetch_one(&mut *database)
+            .await?;
+        if free < FREE_PAGES_MIN || free * 4 < pages {
+            return Ok(());
+        }
+        if mode == 0 {
+            sqlx::query("PRAGMA auto_vacuum = INCREMENTAL")
+                .execute(&mut *database)
+                .await?;
+            sqlx::query("VACUUM").execute(&mut *database).await?;
+            return Ok(());
+        }
+        // Each step frees one page: all of them are asked for.
+        sqlx::query(STEP).fetch_all(&mut *database).await?;
+        tokio::task::yield_now().await;
+    }
 }
 
 /// Whether the databases of a data folder are whole. The agent may run.
@@ -93,6 +145,18 @@ pub async fn check(data_dir: &Path) -> anyhow::Result<()> {
     for name in DATABASES {
         check_file(&data_dir.join(name)).await?;
     }
+    Ok(())
+}
+
+/// Builds' numbers would begin anew beside the logs of those that had them.
+pub(super) fn ensure_together(data_dir: &Path) -> anyhow::Result<()> {
+    let bytes = |name: &str| std::fs::metadata(data_dir.join(name)).map_or(0, |file| file.len());
+    let builds = data_dir.join(BUILDS);
+    ensure!(
+        bytes(BUILDS) > 0 || bytes("logs.db") == 0,
+        "{} is missing or empty, and the logs of its builds are there. {HELP}",
+        builds.display()
+    );
     Ok(())
 }
 
@@ -113,7 +177,11 @@ async fn check_file(path: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-const HELP: &str = "Stop the agent, and `landfall restore` a backup. Without one, move the file away: the agent then begins with an empty history.";
+/// 16 MiB.
+const FREE_PAGES_MIN: i64 = 4096;
+const STEP: &str = "PRAGMA incremental_vacuum(1000)";
+
+const HELP: &str = "Stop the agent, and `landfall restore` a backup. Without one, move landfall.db and logs.db away, both: the agent then begins with an empty history.";
 
 /// What is said of a file that SQLite cannot read; it is never made anew by itself.
 pub(super) fn damaged(path: &Path) -> String {
@@ -129,7 +197,7 @@ async fn open(path: &Path) -> anyhow::Result<SqliteConnection> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::builds::BuildKind;
+    use crate::builds::{BuildKind, Status};
     use crate::store::{Store, pushed};
 
     async fn builds(data_dir: &Path) -> usize {
@@ -166,7 +234,65 @@ mod tests {
         let aside = restore(&copy, &data).await.unwrap().unwrap();
         assert_eq!(builds(&data).await, 1);
         assert_eq!(builds(&aside).await, 2);
+        // It had not ended then, and is not built behind all that came after it.
+        let store = Store::open(&data, None).await.unwrap();
+        let old = store.build(1).await.unwrap().unwrap();
+        assert_eq!(
+            (old.status, old.cause.unwrap().id.as_str()),
+            (Status::Canceled, "restored")
+        );
+        assert_eq!(store.newest_push("hello", "main").await.unwrap(), None);
+        drop(store);
         check(&data).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_is_swept_is_given_back_to_the_disk() {
+        for is_of_before in [false, true] {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("a.db");
+            let mode = match is_of_before {
+                true => sqlx::sqlite::SqliteAutoVacuum::None,
+                false => sqlx::sqlite::SqliteAutoVacuum::Incremental,
+            };
+            let options = SqliteConnectOptions::new()
+                .filename(&path)
+                .create_if_missing(true);
+            let options = options.auto_vacuum(mode);
+            let pool = SqlitePool::connect_with(options).await.unwrap();
+            let bytes = || std::fs::metadata(&path).unwrap().len();
+            for statement in [
+                "CREATE TABLE t (body BLOB)",
+                "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 40) INSERT INTO t SELECT zeroblob(1 << 20) FROM n",
+                "DELETE FROM t WHERE rowid > 4",
+            ] {
+                sqlx::query(statement).execute(&pool).await.unwrap();
+            }
+            assert!(bytes() > 40 << 20);
+            shrink(&pool).await.unwrap();
+            assert!(bytes() < 24 << 20, "{} of {is_of_before}", bytes());
+        }
+    }
+
+    #[tokio::test]
+    async fn builds_that_are_gone_from_beside_their_logs_are_not_begun_anew() {
+        let folder = tempfile::tempdir().unwrap();
+        drop(Store::open(folder.path(), None).await.unwrap());
+        let builds = folder.path().join(BUILDS);
+        std::fs::write(&builds, "").unwrap();
+        for end in SIDE_FILES {
+            let _ = std::fs::remove_file(folder.path().join(format!("{BUILDS}{end}")));
+        }
+        for _ in 0..2 {
+            let error = Store::open(folder.path(), None).await.err().unwrap();
+            assert!(
+                format!("{error:#}").contains("missing or empty"),
+                "{error:#}"
+            );
+            let _ = std::fs::remove_file(&builds);
+        }
+        std::fs::remove_file(folder.path().join("logs.db")).unwrap();
+        Store::open(folder.path(), None).await.unwrap();
     }
 
     #[tokio::test]

@@ -9,7 +9,9 @@ use std::time::Duration;
 use anyhow::Context;
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::sqlite::{
+    SqliteAutoVacuum, SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous,
+};
 use sqlx::{Connection, PgPool, SqlSafeStr, SqlitePool};
 
 use super::care;
@@ -159,13 +161,25 @@ pub async fn open(data_dir: &Path, database: Option<&str>) -> anyhow::Result<Ope
     match database {
         None | Some("sqlite") => {
             let (main, logs) = (data_dir.join("landfall.db"), data_dir.join("logs.db"));
-            let full = SqliteSynchronous::Full;
+            let (full, normal) = (SqliteSynchronous::Full, SqliteSynchronous::Normal);
+            let as_it_grew = SqliteAutoVacuum::None;
+            // Of a file that is made from now on: `care::shrink` gives the disk back what was swept.
+            let in_steps = SqliteAutoVacuum::Incremental;
+            care::ensure_together(data_dir)?;
             Ok(Opened {
-                main: migrated(&main, full, main_migrations()).await?,
+                main: migrated(&main, full, as_it_grew, main_migrations()).await?,
                 intake: Db::Sqlite(
-                    sqlite(&main, full, 1, CACHE_OF_INTAKE, CHECKPOINT_PAGES_OF_INTAKE).await?,
+                    sqlite(
+                        &main,
+                        full,
+                        1,
+                        CACHE_OF_INTAKE,
+                        CHECKPOINT_PAGES_OF_INTAKE,
+                        as_it_grew,
+                    )
+                    .await?,
                 ),
-                logs: migrated(&logs, SqliteSynchronous::Normal, logs_migrations()).await?,
+                logs: migrated(&logs, normal, in_steps, logs_migrations()).await?,
             })
         }
         Some(url) => {
@@ -182,12 +196,14 @@ async fn sqlite(
     connections: u32,
     cache: &'static str,
     checkpoint_pages: &'static str,
+    auto_vacuum: SqliteAutoVacuum,
 ) -> anyhow::Result<SqlitePool> {
     let options = SqliteConnectOptions::new()
         .filename(path)
         .create_if_missing(true)
         .journal_mode(SqliteJournalMode::Wal)
         .synchronous(synchronous)
+        .auto_vacuum(auto_vacuum)
         .busy_timeout(BUSY_TIMEOUT)
         .pragma("wal_autocheckpoint", checkpoint_pages)
         .pragma("cache_size", cache);
@@ -211,9 +227,18 @@ async fn sqlite(
 async fn migrated(
     path: &Path,
     synchronous: SqliteSynchronous,
+    auto_vacuum: SqliteAutoVacuum,
     mut migrator: Migrator,
 ) -> anyhow::Result<Db> {
-    let pool = sqlite(path, synchronous, CONNECTIONS, CACHE, CHECKPOINT_PAGES).await?;
+    let pool = sqlite(
+        path,
+        synchronous,
+        CONNECTIONS,
+        CACHE,
+        CHECKPOINT_PAGES,
+        auto_vacuum,
+    )
+    .await?;
     let version: String = sqlx::query_scalar("SELECT sqlite_version()")
         .fetch_one(&pool)
         .await?;

@@ -67,8 +67,11 @@ const NEWEST_PUSH: &str = "SELECT b.commit_id FROM builds b WHERE b.environment 
     ORDER BY b.id DESC LIMIT 1";
 
 /// The newest push of a branch, even if it came too late.
-const NEWEST_BUILD: &str = "SELECT id, status, body_hash, before_commit, commit_id, pushed_at FROM builds \
+const NEWEST_BUILD: &str = "SELECT id, status, body_hash, before_commit, commit_id, pushed_at, superseded_by FROM builds \
     WHERE environment = $1 AND kind = 'push' AND branch = $2 ORDER BY id DESC LIMIT 1";
+/// The newest push of a branch that did not come too late.
+const NEWEST_IN_TIME: &str = "SELECT id, status, body_hash, before_commit, commit_id, pushed_at, superseded_by FROM builds \
+    WHERE environment = $1 AND kind = 'push' AND branch = $2 AND (superseded_by IS NULL OR superseded_by > id) ORDER BY id DESC LIMIT 1";
 
 macro_rules! newest {
     ($row:ident) => {
@@ -79,6 +82,7 @@ macro_rules! newest {
             before: $row.try_get(3)?,
             commit: $row.try_get(4)?,
             pushed_at: $row.try_get(5)?,
+            superseded_by: $row.try_get(6)?,
         }
     };
 }
@@ -105,9 +109,14 @@ struct Newest {
     before: String,
     commit: String,
     pushed_at: Option<i64>,
+    superseded_by: Option<i64>,
 }
 
 impl Newest {
+    fn came_too_late(&self) -> bool {
+        self.superseded_by.is_some_and(|by| by < self.id)
+    }
+
     /// The same bytes, the same move of the branch, or a look at the branch was quicker than the delivery.
     fn is_repeated_by(&self, delivery: &Delivery, push: &Push) -> bool {
         let is_found = self.body_hash.is_empty();
@@ -115,12 +124,13 @@ impl Newest {
             || (self.commit == push.after && (is_found || self.before == push.before))
     }
 
-    /// GitHub delivers out of order: a push that this one was made on top of, or that GitHub took earlier.
+    /// GitHub delivers out of order: a push that it took earlier than this one, or, where its clock does not tell, that this one
+    /// was made on top of. A branch that is made again, or forced back, leads to an older commit by a younger push.
     fn came_after(&self, push: &Push) -> bool {
-        let made_on_top = self.before == push.after && self.commit != push.before;
-        let taken_later =
-            matches!((self.pushed_at, push.pushed_at), (Some(ours), Some(theirs)) if ours > theirs);
-        made_on_top || taken_later
+        match (self.pushed_at, push.pushed_at) {
+            (Some(ours), Some(theirs)) if ours != theirs => ours > theirs,
+            _ => self.before == push.after && self.commit != push.before,
+        }
     }
 }
 
@@ -139,6 +149,8 @@ pub(super) struct Waiting {
 struct Known<'a> {
     /// By environment and branch.
     newest: HashMap<(&'a str, &'a str), Newest>,
+    /// Where that one came too late, the newest before it that did not.
+    in_time: HashMap<(&'a str, &'a str), Newest>,
     /// Environment and body of every earlier push with a body of this group.
     seen: HashSet<(&'a str, String)>,
     builds: i64,
@@ -167,7 +179,8 @@ fn decide<'a>(group: &'a [Waiting], mut known: Known<'a>) -> Decided<'a> {
         for environment in &waiting.environments {
             let place = (environment.as_str(), push.branch.as_str());
             let newest = known.newest.get(&place);
-            if let Some(newest) = newest.filter(|newest| newest.is_repeated_by(delivery, push)) {
+            let mut heads = newest.into_iter().chain(known.in_time.get(&place));
+            if let Some(newest) = heads.find(|newest| newest.is_repeated_by(delivery, push)) {
                 answer.push(Accepted {
                     build: newest.id,
                     environment: environment.clone(),
@@ -222,8 +235,16 @@ fn decide<'a>(group: &'a [Waiting], mut known: Known<'a>) -> Decided<'a> {
                 before: push.before.clone(),
                 commit: push.after.clone(),
                 pushed_at: push.pushed_at,
+                superseded_by,
             };
-            known.newest.insert(place, newest);
+            let came_too_late = newest.came_too_late();
+            match (known.newest.insert(place, newest), came_too_late) {
+                (Some(before), true) if !before.came_too_late() => {
+                    known.in_time.insert(place, before);
+                }
+                (_, true) => {}
+                (_, false) => drop(known.in_time.remove(&place)),
+            }
             answer.push(Accepted {
                 build: id,
                 environment: environment.clone(),
@@ -316,9 +337,14 @@ async fn store(db: &Db, group: &[Waiting]) -> anyhow::Result<Vec<Vec<Accepted>>>
         let number = |name: &str| numbers.get(name).copied().with_context(|| format!("the store has lost its counter of {name}s"));
         let mut known = Known { builds: number("build")?, deliveries: number("delivery")?, ..Known::default() };
         for (environment, branch) in places(group) {
-            if let Some(row) = sqlx::query(NEWEST_BUILD).bind(environment).bind(branch).fetch_optional(&mut *tx).await? {
-                known.newest.insert((environment, branch), newest!(row));
+            let Some(row) = sqlx::query(NEWEST_BUILD).bind(environment).bind(branch).fetch_optional(&mut *tx).await? else { continue };
+            let newest = newest!(row);
+            if newest.came_too_late()
+                && let Some(row) = sqlx::query(NEWEST_IN_TIME).bind(environment).bind(branch).fetch_optional(&mut *tx).await?
+            {
+                known.in_time.insert((environment, branch), newest!(row));
             }
+            known.newest.insert((environment, branch), newest);
         }
         for (environment, pushed) in pushed(group) {
             // The same bytes name the same commit, for which there is an index anyway.
@@ -440,6 +466,24 @@ impl Store {
     ) -> anyhow::Result<Option<String>> {
         Ok(on!(&self.main, pool => sqlx::query_scalar(NEWEST_PUSH)
             .bind(environment).bind(branch).fetch_optional(pool).await?))
+    }
+
+    /// Those of these environments whose newest push came from the repository with this number.
+    pub async fn of_repository(
+        &self,
+        environments: &[&str],
+        repository_id: i64,
+    ) -> anyhow::Result<Vec<String>> {
+        let mut found = Vec::new();
+        for environment in environments {
+            let known: Option<i64> = on!(&self.main, pool => sqlx::query_scalar(
+                    "SELECT repository_id FROM builds WHERE environment = $1 AND kind = 'push' AND repository_id IS NOT NULL ORDER BY id DESC LIMIT 1")
+                .bind(*environment).fetch_optional(pool).await?);
+            if known == Some(repository_id) {
+                found.push((*environment).to_owned());
+            }
+        }
+        Ok(found)
     }
 
     /// Queues a build for a push of which no delivery told; None where one was accepted after `newest` was read.
@@ -635,6 +679,62 @@ mod tests {
         assert_eq!(status(&store, first.build).await, Status::Superseded);
         assert_eq!(second.status, Status::Superseded);
         assert_eq!(status(&store, third.build).await, Status::Queued);
+    }
+
+    #[tokio::test]
+    async fn the_head_that_is_sent_again_is_the_head_also_after_one_that_came_late() {
+        let (_folder, store) = store().await;
+        let head = accept(&store, "b", "c").await;
+        let late = accept(&store, "a", "b").await;
+        assert_eq!(late.status, Status::Superseded);
+        let later = accept(&store, "z", "a").await;
+        assert_eq!(later.status, Status::Superseded, "by the one before it");
+        let again = accept(&store, "b", "c").await;
+        assert_eq!((again.build, again.duplicate), (head.build, true));
+        // In one group as over several.
+        let group = [("c", "d"), ("b", "c"), ("c", "d")].map(|(before, after)| {
+            let (delivery, push) = push(before, after);
+            let store = store.clone();
+            async move {
+                store
+                    .accept(delivery, push, &["hello"], None)
+                    .await
+                    .unwrap()
+                    .remove(0)
+            }
+        });
+        let answers = futures_util::future::join_all(group).await;
+        assert_eq!(
+            (answers[2].build, answers[2].duplicate),
+            (answers[0].build, true)
+        );
+    }
+
+    #[tokio::test]
+    async fn a_branch_that_is_made_again_at_an_older_commit_is_its_newest_by_githubs_clock() {
+        let (_folder, store) = store().await;
+        let at = async |before: &str, after: &str, seconds: i64| {
+            let (mut delivery, mut push) = push(before, after);
+            push.pushed_at = Some(seconds * 1000);
+            delivery.body_hash = format!("{before}{after}{seconds}");
+            store
+                .accept(delivery, push, &["hello"], None)
+                .await
+                .unwrap()
+                .remove(0)
+        };
+        at(ZERO, "a", 1).await;
+        let second = at("a", "b", 2).await;
+        let again = at(ZERO, "a", 9).await;
+        assert_eq!(again.status, Status::Queued);
+        assert_eq!(status(&store, second.build).await, Status::Superseded);
+        // Forced back to before a push whose delivery was lost.
+        at("x", "y", 10).await;
+        let forced = at("z", "x", 12).await;
+        assert_eq!(forced.status, Status::Queued);
+        // Within one second the commits tell.
+        let late = at("q", "z", 12).await;
+        assert_eq!(late.status, Status::Superseded);
     }
 
     #[tokio::test]

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::Store;
-use super::dialect::{on, row};
+use super::dialect::{Db, on, row};
 use crate::build_log::{CHUNK_BYTES_MAX, LogLine};
 use crate::builds::{Millis, Stage};
 use crate::fail_point;
@@ -82,6 +82,9 @@ impl Store {
             on!(&self.logs, pool => sqlx::query("DELETE FROM log_chunks WHERE build_id = $1")
                 .bind(build).execute(pool).await?.rows_affected());
             swept += 1;
+        }
+        if let Db::Sqlite(pool) = &self.logs {
+            super::care::shrink(pool).await?;
         }
         Ok(swept)
     }

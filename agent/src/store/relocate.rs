@@ -118,7 +118,10 @@ async fn copy(
                 match value {
                     Value::Number(number) => row.push_bind(number),
                     Value::Flag(flag) => row.push_bind(flag),
-                    Value::Text(text) => row.push_bind(text),
+                    // PostgreSQL stores none of those.
+                    Value::Text(text) => {
+                        row.push_bind(text.map(|text| text.replace('\0', "\u{fffd}")))
+                    }
                     Value::Bytes(bytes) => row.push_bind(bytes),
                 };
             }

@@ -820,6 +820,30 @@ async fn the_doctor_finds_nothing_wrong_where_all_is_well() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_repository_with_another_name_is_known_by_its_number() {
+    let landfall = Landfall::start("renamed").await;
+    let (status, _) = landfall.deliver(&landfall.payload(&"a".repeat(40))).await;
+    assert_eq!(status, 202);
+    let mut moved = landfall.payload(&"b".repeat(40));
+    moved["before"] = json!("a".repeat(40));
+    moved["repository"]["full_name"] = json!("acme/hallo");
+    let (status, answer) = landfall.deliver(&moved).await;
+    assert!(
+        status == 202 && answer["builds"][0]["build"] == 2,
+        "{status} {answer}"
+    );
+    let log = std::fs::read_to_string(landfall.path("agent.log")).unwrap();
+    assert!(log.contains("is now called \"acme/hallo\""), "{log}");
+    moved["repository"]["id"] = json!(2);
+    moved["after"] = json!("c".repeat(40));
+    let (status, answer) = landfall.deliver(&moved).await;
+    assert!(
+        status == 200 && answer["ignored"].is_string(),
+        "{status} {answer}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn git_and_github_are_reached_by_the_way_out_that_the_environment_names() {
     let (git, api) = ("git.corp.localhost", "ghe.corp.localhost");
     let mut landfall = Landfall::start("proxied").await;
