@@ -37,7 +37,12 @@ pub async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
     }
     tokio::select! {
         () = shutdown.cancelled() => {}
-        () = async { while looks.join_next().await.is_some() {} } => {}
+        () = async {
+            while let Some(ended) = looks.join_next().await {
+                // No branch goes unwatched in silence.
+                ended.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
+            }
+        } => {}
     }
 }
 

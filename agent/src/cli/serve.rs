@@ -137,6 +137,7 @@ impl Serving {
         let is_well = tokio::select! {
             () = wait_for_signal() => true,
             () = panicked(&mut tasks) => false,
+            () = app.store.intake_ended() => false,
         };
         match is_well {
             true => tracing::info!(

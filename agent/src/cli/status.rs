@@ -188,7 +188,7 @@ fn page(detail: &Detail, at: Millis) -> String {
             format!("release {release}, put back and verified"),
         );
     }
-    if let Some(newer) = build.superseded_by {
+    if let Some(newer) = build.superseded_by.filter(|newer| *newer != build.id) {
         line("newer", format!("#{newer}"));
     }
     if let Some(cause) = &build.cause {

@@ -100,9 +100,10 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 }
 
 /// So that a program that dies again and again is seen to, also where it runs at this very moment.
-fn was_just_written(snapshot: &Snapshot) -> bool {
+fn may_die_again(snapshot: &Snapshot) -> bool {
     let written = snapshot.applied_at();
-    written.is_some_and(|at| snapshot.now.duration_since(at) < WRITTEN_LATELY)
+    let is_new = written.is_some_and(|at| snapshot.now.duration_since(at) < WRITTEN_LATELY);
+    is_new && !rollout::runs_calmly(snapshot)
 }
 
 /// As it is now, and how far. The outer error is the user's, the inner one the cluster's.
@@ -144,7 +145,7 @@ async fn find(
         generation: snapshot.workload.generation(),
         change: match verdict {
             // What has run for weeks may have died once: only what dies from now on speaks against it.
-            Verdict::Complete if !was_just_written(&snapshot) => Change::Unchanged,
+            Verdict::Complete if !may_die_again(&snapshot) => Change::Unchanged,
             // Whatever has died since somebody last wrote it speaks of this rollout.
             _ => Change::Changed,
         },

@@ -11,7 +11,7 @@ use http_body_util::{BodyExt, Empty};
 use hyper_util::rt::TokioIo;
 use k8s_openapi::api::core::v1::{Pod, Service, ServicePort};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
-use kube::api::ListParams;
+use kube::api::{ListParams, Portforwarder};
 use kube::client::Body;
 
 use super::{Cluster, snapshot};
@@ -20,6 +20,8 @@ use super::{Cluster, snapshot};
 pub const REQUEST_LIMIT: Duration = Duration::from_secs(10);
 /// For the API server to say anything at all.
 const SIGHT_LIMIT: Duration = Duration::from_secs(3);
+/// Of the pods behind a Service.
+const FORWARDS_MAX: usize = 3;
 /// More of a body is not looked at.
 pub const BODY_BYTES_MAX: usize = 1024 * 1024;
 
@@ -172,7 +174,7 @@ pub async fn get(cluster: &Cluster, place: &Place, path: &str) -> Asked {
     let asked = get_directly(cluster, place, path).await;
     let is_barred = matches!(asked, Asked::Forbidden(_) | Asked::Unreached(_));
     if is_barred && !place.tls {
-        for (pod, port) in &place.pods {
+        for (pod, port) in place.pods.iter().take(FORWARDS_MAX) {
             let forwarding = get_forwarded(cluster, pod, *port, path);
             let forwarded = tokio::time::timeout(REQUEST_LIMIT, forwarding).await;
             if let Ok(Ok(answer)) = forwarded {
@@ -236,9 +238,9 @@ async fn get_forwarded(
     path: &str,
 ) -> anyhow::Result<Asked> {
     let begun = Instant::now();
-    let mut forwarder = cluster.api::<Pod>().portforward(pod, &[port]).await?;
-    let stream = forwarder.take_stream(port).context("no stream")?;
-    let refused = forwarder.take_error(port).context("no stream of errors")?;
+    let mut forward = Forward(cluster.api::<Pod>().portforward(pod, &[port]).await?);
+    let stream = forward.0.take_stream(port).context("no stream")?;
+    let refused = forward.0.take_error(port).context("no stream of errors")?;
     let talk = async {
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
@@ -259,15 +261,28 @@ async fn get_forwarded(
         Some(why) = refused => Err(anyhow::anyhow!(why)),
         talked = talk => talked,
     };
-    Ok(match talked {
-        Ok((status, body)) => Asked::Answered(Answer {
+    match talked {
+        Ok((status, body)) => Ok(Asked::Answered(Answer {
             status,
             body,
             took: begun.elapsed(),
             forwarded: true,
-        }),
-        Err(error) => Asked::NobodyThere(format!("{error:#}, by a port-forward")),
-    })
+        })),
+        // All else may be said by whoever stands in between.
+        Err(error) if format!("{error:#}").contains("connection refused") => {
+            Ok(Asked::NobodyThere(format!("{error:#}, by a port-forward")))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Ends with its owner.
+struct Forward(Portforwarder);
+
+impl Drop for Forward {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 /// At most `BODY_BYTES_MAX` of it.

@@ -202,14 +202,20 @@ pub struct Standing {
 }
 
 impl Standing {
-    pub fn of(snapshot: &Snapshot) -> Self {
+    pub fn of(target: &Target, snapshot: &Snapshot) -> Self {
         let template = snapshot.workload.template();
         let spec = template.and_then(|template| template.spec.as_ref());
-        let containers = spec.into_iter().flat_map(|spec| &spec.containers);
+        let containers = spec.into_iter().flat_map(|spec| {
+            let init = spec.init_containers.iter().flatten();
+            init.chain(&spec.containers)
+        });
+        // Others are none of ours: a controller may add its own at any time.
+        let is_ours = |name: &str| target.images.iter().any(|(known, _)| known == name);
         Self {
             uid: snapshot.workload.uid().to_owned(),
             release: template.and_then(template_release).map(str::to_owned),
             images: containers
+                .filter(|container| is_ours(&container.name))
                 .map(|container| (container.name.clone(), container.image.clone()))
                 .collect(),
         }
@@ -231,12 +237,11 @@ pub fn taken_over(
     let Some(now) = now else {
         return told("deleted");
     };
-    let standing = Standing::of(now);
-    let is_ours = target.release.is_none() || standing.release == target.release;
+    let standing = Standing::of(target, now);
     match proved {
         Some(proved) if proved.uid != standing.uid => told("deleted and made anew"),
         Some(proved) if *proved != standing => told("changed"),
-        _ if !is_ours => told("changed"),
+        None if target.release.is_some() && standing.release != target.release => told("changed"),
         _ => None,
     }
 }
@@ -462,6 +467,18 @@ fn calm_needed(container: &Running<'_>) -> Duration {
     CALM_MIN.max(Duration::from_secs(
         u64::try_from(seconds).unwrap_or_default(),
     ))
+}
+
+/// Whether every program of the new pods has run for long enough to be believed.
+pub fn runs_calmly(snapshot: &Snapshot) -> bool {
+    let pods = snapshot.new_pods().into_iter();
+    let programs = pods
+        .flat_map(Running::all)
+        .filter(|container| !container.is_init);
+    programs.into_iter().all(|container| {
+        let runs = container.running_since();
+        runs.is_some_and(|at| since(at, snapshot.now) >= calm_needed(&container))
+    })
 }
 
 /// Born after our apply: all its deaths are this release's.

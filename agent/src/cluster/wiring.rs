@@ -12,11 +12,9 @@ use crate::builds::Cause;
 use crate::manifests::render::template;
 use crate::manifests::{display_name, kind, name, text};
 
-/// Labels that no template has: controllers write them on each pod.
-const OF_CONTROLLERS: [&str; 4] = [
+/// Labels that no template has: the controller of a StatefulSet writes them on each pod.
+const OF_STATEFUL_SETS: [&str; 2] = [
     "apps.kubernetes.io/pod-index",
-    "controller-revision-hash",
-    "pod-template-hash",
     "statefulset.kubernetes.io/pod-name",
 ];
 
@@ -42,28 +40,48 @@ pub fn unmatched_services(objects: &[Value]) -> Vec<Unmatched> {
         .collect()
 }
 
-/// Whether pods of the set are what these labels select.
+/// Whether a workload that goes on has just these labels in its template: then all its pods carry them.
 pub fn selects_a_template(objects: &[Value], selector: &BTreeMap<String, String>) -> bool {
-    let selector = as_map(selector);
-    templates(objects).any(|template| carries(template, &selector))
+    let goes_on =
+        |object: &&Value| matches!(kind(object), "Deployment" | "StatefulSet" | "DaemonSet");
+    let of_workloads = objects.iter().filter(goes_on).filter_map(template);
+    of_workloads.into_iter().any(|template| {
+        let labels = template.pointer("/metadata/labels");
+        let label = |key: &str| labels.and_then(|labels| labels.get(key)?.as_str());
+        selector
+            .iter()
+            .all(|(key, value)| label(key) == Some(value))
+    })
 }
 
-/// Whether a pod of this set's workloads is one that they replace: it carries the Service's labels by the template that stands
-/// (`live`), and its successor will not.
-pub fn leaves(live: &[Value], selector: &str, labels: &BTreeMap<String, String>) -> bool {
-    let selector = selector.split(',').filter_map(|pair| pair.split_once('='));
-    let selector = as_map(selector);
-    let labels = as_map(labels);
-    live.iter().any(|workload| {
-        let own = workload.pointer("/spec/selector/matchLabels");
-        let own = own.and_then(Value::as_object);
-        own.is_some_and(|own| {
+/// A workload before the release, and as it would be.
+#[derive(Debug, Clone)]
+pub struct Replaced {
+    pub before: Value,
+    pub after: Value,
+}
+
+impl Replaced {
+    /// Whether a pod is one that goes, and carries what a Service selects, as its successor will not.
+    pub fn takes_away(&self, selector: &str, labels: &BTreeMap<String, String>) -> bool {
+        let selector = as_map(selector.split(',').filter_map(|pair| pair.split_once('=')));
+        let labels = as_map(labels);
+        let own = self.before.pointer("/spec/selector/matchLabels");
+        let is_own = own.and_then(Value::as_object).is_some_and(|own| {
             !own.is_empty()
                 && own
                     .iter()
                     .all(|(key, value)| labels.get(key) == Some(value))
-        }) && template(workload).is_some_and(|template| carries(template, &selector))
-    })
+        });
+        let strategy = self.after.pointer("/spec/updateStrategy");
+        let stays = strategy.is_some_and(|strategy| {
+            let partition = strategy.pointer("/rollingUpdate/partition");
+            text(strategy, "/type") == "OnDelete"
+                || partition.and_then(Value::as_i64).unwrap_or(0) > 0
+        });
+        let has = |workload| template(workload).is_some_and(|it| carries(it, &selector));
+        is_own && !stays && has(&self.before) && !has(&self.after)
+    }
 }
 
 fn as_map<K: Into<String>, V: Into<String>>(
@@ -224,7 +242,7 @@ fn carries(template: &Value, selector: &Map<String, Value>) -> bool {
         .pointer("/metadata/labels")
         .and_then(Value::as_object);
     selector.iter().all(|(key, value)| {
-        OF_CONTROLLERS.contains(&key.as_str())
+        OF_STATEFUL_SETS.contains(&key.as_str())
             || labels.and_then(|labels| labels.get(key)) == Some(value)
     })
 }

@@ -4,6 +4,7 @@
 //! be seen is no verdict: the build ends as errored, and the next one settles the environment before anything else.
 
 use std::sync::PoisonError;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +20,9 @@ use crate::stages::deploy::{self, Way};
 use crate::stages::verify::Show;
 use crate::stages::{Scope, StageError, StageResult, removal, smoke_test, verify};
 use crate::store::Unsealable;
+
+/// Before anything else of a build, which goes on all the same.
+const EARLY_MAX: Duration = Duration::from_secs(20);
 
 /// Rollback's baton.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -325,17 +329,25 @@ impl Line<'_> {
 
     /// What an earlier build left in an unknown state is put right before anything new: the last good release again.
     pub(super) async fn settle(&self, scope: &Scope<'_>) -> StageResult<()> {
+        if self.put_right(scope).await? {
+            self.agent.store.set_unsettled(self.build, false).await?;
+        }
+        Ok(())
+    }
+
+    /// Whether what was left unsettled is as the last good release has it.
+    async fn put_right(&self, scope: &Scope<'_>) -> StageResult<bool> {
         let store = &self.agent.store;
         let environment = &self.build.environment;
         if !store.is_unsettled(environment).await? {
-            return Ok(());
+            return Ok(false);
         }
         let goal = match self.serving().await? {
             Some(release) => Some(release),
             None => self.adopted().await?,
         };
         let Some(goal) = goal else {
-            return Ok(());
+            return Ok(false);
         };
         scope.log.line(format!(
             "An earlier build lost sight of the cluster or could not be put back: release {} is applied again first",
@@ -363,26 +375,33 @@ impl Line<'_> {
                 "It cannot be applied again, going on without it: {}",
                 cause.sentence
             ));
-            return Ok(());
+            return Ok(false);
         }
-        store.set_unsettled(self.build, false).await?;
-        Ok(())
+        Ok(true)
     }
 
-    /// Also for a build that is held back, or whose tests fail. What cannot be done now is tried again by its deploy.
+    /// Also for a build that is skipped, or whose tests fail; not where a person holds the environment. It counts as settled
+    /// only by a deploy, which proves what it brings: what cannot be done now is done there.
     pub(super) async fn settle_early(&self) -> StageResult<()> {
-        let log = self.log.stage(Stage::Checkout);
-        match self.settle(&self.scope(&log)).await {
-            Err(StageError::Canceled) => Err(StageError::Canceled),
-            Err(error) => {
-                log.line(format!(
-                    "What an earlier build left cannot be put right yet: {}",
-                    error.sentence()
-                ));
-                Ok(())
-            }
-            Ok(()) => Ok(()),
+        let store = &self.agent.store;
+        let environment = &self.build.environment;
+        let is_held = store.pinned(environment).await?;
+        if is_held.is_some_and(|pin| !pin.is_of_an_undo()) {
+            return Ok(());
         }
+        let log = self.log.stage(Stage::Checkout);
+        let scope = self.scope(&log);
+        let settling = Box::pin(self.put_right(&scope));
+        match tokio::time::timeout(EARLY_MAX, settling).await {
+            Ok(Err(StageError::Canceled)) => return Err(StageError::Canceled),
+            Ok(Err(error)) => log.line(format!(
+                "What an earlier build left cannot be put right yet: {}",
+                error.sentence()
+            )),
+            Err(_) => log.line("What an earlier build left cannot be put right yet"),
+            Ok(Ok(_)) => {}
+        }
+        Ok(())
     }
 
     async fn keep_evidence(&self, scope: &Scope<'_>, failed: &Release, touched: &[AppliedObject]) {

@@ -92,6 +92,8 @@ pub struct Applying<'a> {
     /// A Job that was applied and is to be waited for before anything else.
     job: Option<AppliedObject>,
     deadline: Instant,
+    /// Beyond what an attempt before has noted, and the one after it.
+    is_past_the_noted: bool,
     /// What a rescue could not put back, in a sentence each.
     pub refused: Vec<String>,
 }
@@ -129,6 +131,7 @@ impl<'a> Applying<'a> {
             is_known_place,
             job: None,
             deadline: Instant::now() + APPLY_LIMIT,
+            is_past_the_noted: false,
             refused: Vec::new(),
         })
     }
@@ -237,7 +240,7 @@ impl<'a> Applying<'a> {
         Ok(live.map_err(|answer| answer.into_error(&format!("read {}", display_name(object))))?)
     }
 
-    async fn apply(&self, object: &Value) -> StageResult<AppliedObject> {
+    async fn apply(&mut self, object: &Value) -> StageResult<AppliedObject> {
         let log = self.scope.log;
         let done = self.apply_anew(object).await?;
         let mut applied = applied_object(&done);
@@ -256,10 +259,19 @@ impl<'a> Applying<'a> {
         Ok(applied)
     }
 
-    /// The way back has no plan: whatever it wrote counts as its doing.
-    fn planned(&self, object: &Value) -> Change {
+    /// The way back has no plan: what the attempt before has noted, and of the first that it has not whatever it may have done.
+    fn planned(&mut self, object: &Value) -> Change {
         if self.way.is_back() {
-            return Change::Changed;
+            let noted = self
+                .jobs
+                .begun
+                .iter()
+                .find(|begun| begun.is_named_by(object));
+            return match noted {
+                Some(noted) => noted.change,
+                None if std::mem::replace(&mut self.is_past_the_noted, true) => Change::Unchanged,
+                None => Change::Changed,
+            };
         }
         let shown = display_name(object);
         let planned = |planned: &&Planned| planned.object == shown;
@@ -268,7 +280,7 @@ impl<'a> Applying<'a> {
     }
 
     /// A Job runs once for one content, by its name: where it is there already, only its end is awaited.
-    async fn job(&self, object: &Value) -> StageResult<Option<AppliedObject>> {
+    async fn job(&mut self, object: &Value) -> StageResult<Option<AppliedObject>> {
         let Some(live) = self.live(object).await? else {
             if self.is_gone_by_itself(object).await? {
                 let shown = display_name(object);

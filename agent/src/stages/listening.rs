@@ -43,9 +43,16 @@ pub async fn run(
         return Ok(());
     }
     let cluster = scope.cluster().await?;
-    let checks = unasked
-        .iter()
-        .map(|service| check(scope, &cluster, service));
+    // Nobody has said of one that stands as it was how long its program takes to begin.
+    let as_long_as_a_rollout = Duration::from_secs(release.verify.timeout_seconds);
+    let checks = unasked.iter().map(|service| {
+        let name = service.metadata.name.as_deref().unwrap_or_default();
+        let patience = match heard.contains(name) {
+            true => as_long_as_a_rollout.max(REFUSED_FOR),
+            false => REFUSED_FOR,
+        };
+        check(scope, &cluster, service, patience)
+    });
     tokio::select! {
         biased;
         () = scope.cancel.cancelled() => Err(StageError::Canceled),
@@ -90,7 +97,12 @@ pub async fn heard(scope: &Scope<'_>, release: &Release) -> BTreeSet<String> {
     heard.unwrap_or_default()
 }
 
-async fn check(scope: &Scope<'_>, cluster: &Cluster, service: &Service) -> StageResult<()> {
+async fn check(
+    scope: &Scope<'_>,
+    cluster: &Cluster,
+    service: &Service,
+    patience: Duration,
+) -> StageResult<()> {
     let name = service.metadata.name.as_deref().unwrap_or_default();
     let ports: Vec<&ServicePort> = tcp_ports(service).collect();
     let begun = Instant::now();
@@ -122,7 +134,7 @@ async fn check(scope: &Scope<'_>, cluster: &Cluster, service: &Service) -> Stage
             }
             return Ok(());
         }
-        if begun.elapsed() < REFUSED_FOR {
+        if begun.elapsed() < patience {
             tokio::time::sleep(PAUSE).await;
             continue;
         }

@@ -17,15 +17,16 @@ use crate::builds::Cause;
 use crate::cluster::apply::{self, Done, Rules};
 use crate::cluster::observe::Observer;
 use crate::cluster::snapshot::{Kind, Target as Watched};
+use crate::cluster::wiring::Replaced;
 use crate::cluster::{Cluster, Trouble, diff, observe, policy, rollout, wiring};
 use crate::manifests::render::{self, Places, Target, template_hash};
 use crate::manifests::{self, Manifest, api_version, display_name, files, kind, name, text};
 use crate::pipeline::Pipeline;
 use crate::release::{AppliedObject, Change, Planned, Release, Unwell};
 
-/// Of a dry run of 500 objects on a slow server.
 /// Of those that a Service selects.
 const PODS_LOOKED_AT: u32 = 100;
+/// Of a dry run of 500 objects on a slow server.
 const LIMIT: Duration = Duration::from_secs(600);
 
 /// A pod that has not been ready for so long is not about to be.
@@ -282,25 +283,38 @@ async fn dry_run(
     let rules = rules(scope, cluster, objects).await?;
     let mut unsettled = BTreeSet::new();
     let (mut planned, mut found) = (Vec::new(), Vec::new());
+    let mut replaced = Vec::new();
     let mut refused: Vec<Cause> = Vec::new();
     let mut refuse = |cause: Cause| {
         let cause = placed(cause, places);
         scope.log.line(format!("refused: {}", cause.sentence));
         refused.push(cause);
     };
-    for cause in leads_nowhere(scope, cluster, objects).await? {
-        refuse(cause);
-    }
     for object in objects {
         match plan_one(scope, cluster, &rules, object, &mut unsettled).await {
-            Ok((one, live)) => {
+            Ok((one, done)) => {
                 log_plan(scope, &one);
                 planned.push(one);
-                found.extend(live);
+                let Some(Done {
+                    before: Some(before),
+                    after,
+                    ..
+                }) = done
+                else {
+                    continue;
+                };
+                if render::is_workload(kind(object)) {
+                    let before = before.clone();
+                    replaced.push(Replaced { before, after });
+                }
+                found.push(before);
             }
             Err(Trouble::Refused(cause)) => refuse(cause),
             Err(Trouble::Agent(error)) => return Err(StageError::Agent(error)),
         }
+    }
+    for cause in leads_nowhere(scope, cluster, objects, &replaced).await? {
+        refuse(cause);
     }
     let more = refused.len().saturating_sub(1);
     match refused.into_iter().next() {
@@ -329,7 +343,7 @@ async fn plan_one(
     rules: &Rules<'_>,
     object: &Value,
     unsettled: &mut BTreeSet<(String, String)>,
-) -> Result<(Planned, Option<Value>), Trouble> {
+) -> Result<(Planned, Option<Done>), Trouble> {
     let mut planned = Planned {
         object: display_name(object),
         change: Change::Unchanged,
@@ -368,17 +382,15 @@ async fn plan_one(
         );
         unsettled.insert(kind);
     }
-    let Done { before, notes, .. } = done;
-    planned.notes.extend(notes);
-    let rolls = before
-        .as_ref()
-        .is_none_or(|live| template_hash(live) != template_hash(object));
+    planned.notes.extend(done.notes.iter().cloned());
+    let before = done.before.as_ref();
+    let rolls = before.is_none_or(|live| template_hash(live) != template_hash(object));
     if rolls {
         planned
             .notes
-            .extend(apply::dry_run_pod(cluster, object, before.as_ref()).await?);
+            .extend(apply::dry_run_pod(cluster, object, before).await?);
     }
-    Ok((planned, before))
+    Ok((planned, Some(done)))
 }
 
 fn log_plan(scope: &Scope<'_>, planned: &Planned) {
@@ -405,14 +417,11 @@ async fn leads_nowhere(
     scope: &Scope<'_>,
     cluster: &Cluster,
     objects: &[Value],
+    replaced: &[Replaced],
 ) -> StageResult<Vec<Cause>> {
     let mut causes = wiring::unknown_ports(objects);
     let (pods, services) = (cluster.api::<Pod>(), cluster.api::<Service>());
     let unmatched = wiring::unmatched_services(objects);
-    let standing = match unmatched.is_empty() {
-        true => Vec::new(),
-        false => live_workloads(cluster, objects).await?,
-    };
     for unmatched in unmatched {
         let by_selector = ListParams::default()
             .labels(&unmatched.selector)
@@ -422,7 +431,8 @@ async fn leads_nowhere(
         });
         let stays = |pod: &Pod| {
             let labels = pod.metadata.labels.clone().unwrap_or_default();
-            !wiring::leaves(&standing, &unmatched.selector, &labels)
+            let mut workloads = replaced.iter();
+            !workloads.any(|it| it.takes_away(&unmatched.selector, &labels))
         };
         if !live.await?.items.iter().any(stays) {
             causes.push(wiring::selects_nothing(&unmatched));
@@ -439,24 +449,6 @@ async fn leads_nowhere(
         }
     }
     Ok(causes)
-}
-
-/// Those of the set, as they are before it.
-async fn live_workloads(cluster: &Cluster, objects: &[Value]) -> StageResult<Vec<Value>> {
-    let mut live = Vec::new();
-    for object in objects
-        .iter()
-        .filter(|object| render::is_workload(kind(object)))
-    {
-        let Some(resource) = cluster.resource(object).await? else {
-            continue;
-        };
-        let found = cluster.get(&resource, name(object)).await;
-        live.extend(
-            found.map_err(|answer| answer.into_error(&format!("read {}", display_name(object))))?,
-        );
-    }
-    Ok(live)
 }
 
 /// Asks until the cluster is seen, for as long as it may be away.

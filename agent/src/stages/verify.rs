@@ -112,7 +112,7 @@ pub async fn run(
         revisions.map(|(target, snapshot)| (target.display_name(), rollout::revision(snapshot)));
     let standing = targets.iter().zip(&rollout.snapshots);
     let standing =
-        standing.map(|(target, snapshot)| (target.display_name(), Standing::of(snapshot)));
+        standing.map(|(target, snapshot)| (target.display_name(), Standing::of(target, snapshot)));
     let left = targets.iter().zip(&rollout.left);
     let left = left.filter_map(|(target, left)| left.as_ref().map(|_| target.display_name()));
     Ok(RolledOut {

@@ -10,6 +10,7 @@ use anyhow::{Context, bail, ensure};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqlitePool};
 use sqlx::{ConnectOptions, Connection};
 
+use super::environments::settle_pin;
 use super::{lock, make_private_dir};
 use crate::builds::now;
 
@@ -97,15 +98,28 @@ async fn end_builds(path: &Path) -> anyhow::Result<()> {
         "restored",
         "the store was restored from a backup in which this build had not ended",
     );
+    let cause = serde_json::to_string(&cause)?;
     let mut builds = open(path).await?;
-    sqlx::query(
+    let mut tx = builds.begin().await?;
+    // GitHub may have been told of their end, which the backup does not know.
+    for statement in [
+        "INSERT INTO github_outbox (build_id, told) SELECT id, 'silent' FROM builds WHERE status IN ('queued', 'running') \
+         ON CONFLICT (build_id) DO UPDATE SET told = 'silent'",
         "UPDATE builds SET status = 'canceled', cause = $1, finished_at = $2, superseded_by = id WHERE status IN ('queued', 'running')",
-    )
-    .bind(serde_json::to_string(&cause)?)
-    .bind(now())
-    .execute(&mut builds)
-    .await
-    .context("cannot end the builds of the backup")?;
+    ] {
+        let ended = sqlx::query(statement).bind(&cause).bind(now());
+        ended
+            .execute(&mut *tx)
+            .await
+            .context("cannot end the builds of the backup")?;
+    }
+    let environments: Vec<String> = sqlx::query_scalar("SELECT name FROM environments")
+        .fetch_all(&mut *tx)
+        .await?;
+    for environment in &environments {
+        settle_pin!(tx, environment);
+    }
+    tx.commit().await?;
     builds.close().await?;
     Ok(())
 }

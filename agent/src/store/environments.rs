@@ -15,6 +15,13 @@ pub struct Pin {
     pub at: Millis,
 }
 
+impl Pin {
+    /// And no person's own.
+    pub fn is_of_an_undo(&self) -> bool {
+        self.reason.starts_with("undo to release ")
+    }
+}
+
 row! {
     /// One time that a release served, or one that failed to.
     #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

@@ -66,9 +66,9 @@ const NEWEST_PUSH: &str = "SELECT b.commit_id FROM builds b WHERE b.environment 
     WHERE e.commit_id = b.commit_id AND e.environment = $1 AND e.body_hash = b.body_hash AND e.id < b.id AND e.kind = 'push')) \
     ORDER BY b.id DESC LIMIT 1";
 
-/// The newest push of a branch, even if it came too late.
+/// The newest push of a branch, even if it came too late; none that a restore has ended.
 const NEWEST_BUILD: &str = "SELECT id, status, body_hash, before_commit, commit_id, pushed_at, superseded_by FROM builds \
-    WHERE environment = $1 AND kind = 'push' AND branch = $2 ORDER BY id DESC LIMIT 1";
+    WHERE environment = $1 AND kind = 'push' AND branch = $2 AND (superseded_by IS NULL OR superseded_by <> id) ORDER BY id DESC LIMIT 1";
 /// The newest push of a branch that did not come too late.
 const NEWEST_IN_TIME: &str = "SELECT id, status, body_hash, before_commit, commit_id, pushed_at, superseded_by FROM builds \
     WHERE environment = $1 AND kind = 'push' AND branch = $2 AND (superseded_by IS NULL OR superseded_by > id) ORDER BY id DESC LIMIT 1";
@@ -466,6 +466,11 @@ impl Store {
     ) -> anyhow::Result<Option<String>> {
         Ok(on!(&self.main, pool => sqlx::query_scalar(NEWEST_PUSH)
             .bind(environment).bind(branch).fetch_optional(pool).await?))
+    }
+
+    /// Comes back where deliveries can no longer be stored.
+    pub async fn intake_ended(&self) {
+        self.intake.closed().await;
     }
 
     /// Those of these environments whose newest push came from the repository with this number.

@@ -17,9 +17,10 @@ pub mod relocate;
 mod retention;
 mod seal;
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use tokio::sync::{mpsc, watch};
@@ -37,6 +38,8 @@ pub use environments::{HISTORY_MAX, Pin, Serving, steps};
 pub use github::{Siblings, Untold};
 pub use intake::{Accepted, Delivery};
 pub use logs::NumberedLine;
+
+const LOCK_WAITS: Duration = Duration::from_secs(1);
 
 /// Cheap to clone.
 #[derive(Clone)]
@@ -132,13 +135,20 @@ fn lock(data_dir: &Path) -> anyhow::Result<File> {
         .append(true)
         .open(&path)
         .with_context(|| format!("cannot open {}", path.display()))?;
-    match file.try_lock() {
+    let begun = Instant::now();
+    let mut locked = file.try_lock();
+    // What an agent that was killed had just begun to start holds its files for a moment more.
+    while matches!(locked, Err(TryLockError::WouldBlock)) && begun.elapsed() < LOCK_WAITS {
+        std::thread::sleep(LOCK_WAITS / 20);
+        locked = file.try_lock();
+    }
+    match locked {
         Ok(()) => Ok(file),
-        Err(std::fs::TryLockError::WouldBlock) => anyhow::bail!(
+        Err(TryLockError::WouldBlock) => anyhow::bail!(
             "another agent is working in {}: stop it first, or give this one a `data_dir` of its own",
             data_dir.display()
         ),
-        Err(std::fs::TryLockError::Error(error)) => {
+        Err(TryLockError::Error(error)) => {
             Err(error).with_context(|| format!("cannot lock {}", path.display()))
         }
     }

@@ -857,6 +857,8 @@ async fn git_and_github_are_reached_by_the_way_out_that_the_environment_names() 
     let variables = [
         ("HTTPS_PROXY", proxy.url()),
         ("SSL_CERT_FILE", proxy.authority.display().to_string()),
+        ("NO_PROXY", String::new()),
+        ("no_proxy", String::new()),
     ];
     let variables = variables
         .each_ref()
@@ -887,7 +889,8 @@ async fn git_and_github_are_reached_by_the_way_out_that_the_environment_names() 
 
     // A wrong login: the author reads why, and nobody reads the password.
     let wrong = proxy.url().replace("landfall:", "nobody:");
-    let variables = [("HTTPS_PROXY", wrong.as_str()), variables[1]];
+    let [_, rest @ ..] = variables;
+    let variables = [[("HTTPS_PROXY", wrong.as_str())].as_slice(), &rest].concat();
     landfall
         .restart("data_dir: data\n", "data_dir: data\n", &variables)
         .await;

@@ -316,6 +316,7 @@ async fn a_program_that_moves_its_port_under_an_unchanged_service_is_found() {
     let moved = SERVE.replace("8080", "9090");
     stand.release.objects[2] = deployment(&stand.namespace.0.clone(), 1, &moved);
     stand.verify().await.unwrap();
+    stand.release.verify.timeout_seconds = 30;
     let cause = cause(stand.still_listens(&heard).await);
     assert_eq!(cause.id, "smoke_no_answer", "{cause:?}");
     assert!(cause.sentence.contains("service/web"), "{cause:?}");
