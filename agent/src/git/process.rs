@@ -5,6 +5,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -23,6 +24,8 @@ pub const SUBCOMMAND: &str = "__git";
 pub const LINE_BYTES_MAX: u64 = 1 << 20;
 /// What is kept of the child's stderr.
 const STDERR_BYTES_MAX: u64 = 16 * 1024;
+
+static HALVES: AtomicU64 = AtomicU64::new(0);
 
 /// What the child is asked. Holds the token: no `Debug`.
 #[derive(Serialize, Deserialize)]
@@ -210,7 +213,9 @@ fn home(mirrors: &Path, environment: &Environment) -> anyhow::Result<PathBuf> {
     }
     let write = || -> std::io::Result<()> {
         std::fs::create_dir_all(home.join(".ssh"))?;
-        let half = home.join(format!(".ssh/{}.half", std::process::id()));
+        // Several builds may come here at once.
+        let turn = HALVES.fetch_add(1, Ordering::Relaxed);
+        let half = home.join(format!(".ssh/{}-{turn}.half", std::process::id()));
         std::fs::write(&half, &pinned)?;
         std::fs::rename(half, &keys)
     };
