@@ -74,7 +74,6 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let docker = Docker::default();
     let done = standalone::with_log(Stage::Deploy, async |log, cancel| {
         let scope = standalone::scope(&build, &environment, &docker, log, cancel);
-        log.also_mask(&manifests::secret_values(&release.objects));
         let found = match plan::review(&scope, &cluster, &mut release, &places, &[]).await {
             Ok(live) => plan::found(&release, live),
             Err(error) => return standalone::report(&error),

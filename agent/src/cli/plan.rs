@@ -54,9 +54,6 @@ pub async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let build = standalone::build(0);
     let review = async |release: &mut Release, log: &_, cancel: &_| {
         let scope = standalone::scope(&build, environment, &config.docker, log, cancel);
-        scope
-            .log
-            .also_mask(&manifests::secret_values(&release.objects));
         plan::review(&scope, &cluster, release, &places, &[]).await
     };
     let reviewed = if arguments.output.is_json() {

@@ -41,10 +41,13 @@ pub fn unmatched_services(objects: &[Value]) -> Vec<Unmatched> {
 }
 
 /// Whether a workload that goes on has just these labels in its template: then all its pods carry them.
-pub fn selects_a_template(objects: &[Value], selector: &BTreeMap<String, String>) -> bool {
+pub fn selects_a_template<'a>(
+    objects: impl IntoIterator<Item = &'a Value>,
+    selector: &BTreeMap<String, String>,
+) -> bool {
     let goes_on =
         |object: &&Value| matches!(kind(object), "Deployment" | "StatefulSet" | "DaemonSet");
-    let of_workloads = objects.iter().filter(goes_on).filter_map(template);
+    let of_workloads = objects.into_iter().filter(goes_on).filter_map(template);
     of_workloads.into_iter().any(|template| {
         let labels = template.pointer("/metadata/labels");
         let label = |key: &str| labels.and_then(|labels| labels.get(key)?.as_str());

@@ -16,9 +16,9 @@ use tokio::time::Instant;
 
 use super::{Scope, StageError, StageResult};
 use crate::builds::Cause;
-use crate::cluster::Cluster;
 use crate::cluster::observe::ask;
 use crate::cluster::proxy::{self, Asked, Place};
+use crate::cluster::{Cluster, wiring};
 use crate::manifests::{kind, name};
 use crate::release::{AppliedObject, Change, Release};
 
@@ -205,27 +205,13 @@ fn leads_to(service: &Service, objects: &[Value]) -> bool {
     let spec = service.spec.as_ref();
     let selector = spec.and_then(|spec| spec.selector.as_ref());
     let is_headless = spec.is_some_and(|spec| spec.cluster_ip.as_deref() == Some("None"));
+    let with_pods = objects
+        .iter()
+        .filter(|object| object["spec"]["replicas"] != 0);
     !is_headless
         && selector.is_some_and(|selector| {
-            !selector.is_empty()
-                && labels_of_pods(objects).any(|labels| {
-                    let mut wanted = selector.iter();
-                    wanted.all(|(key, value)| labels[key].as_str() == Some(value))
-                })
+            !selector.is_empty() && wiring::selects_a_template(with_pods, selector)
         })
-}
-
-/// Of workloads that go on: a Job's pod may have ended.
-fn labels_of_pods(objects: &[Value]) -> impl Iterator<Item = &Value> {
-    let goes_on = |object: &&Value| {
-        let kind = object["kind"].as_str();
-        kind.is_some_and(|kind| matches!(kind, "Deployment" | "StatefulSet" | "DaemonSet"))
-            && object["spec"]["replicas"] != 0
-    };
-    objects
-        .iter()
-        .filter(goes_on)
-        .map(|object| &object["spec"]["template"]["metadata"]["labels"])
 }
 
 #[cfg(test)]

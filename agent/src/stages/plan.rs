@@ -74,9 +74,6 @@ pub async fn run(
         title: &checked_out.title,
     };
     let rendered = render::render(&target, &manifests).map_err(StageError::Failed)?;
-    scope
-        .log
-        .also_mask(&manifests::secret_values(&rendered.objects));
     let cluster = scope.cluster().await?;
     let pipeline = &checked_out.pipeline;
     let mut release = Release {
@@ -128,6 +125,7 @@ pub async fn review(
     created: &[AppliedObject],
 ) -> StageResult<Vec<Value>> {
     let objects = &release.objects;
+    scope.log.also_mask(&manifests::secret_values(objects));
     let work = dry_run(scope, cluster, objects, places);
     let (plan, live) = limited(scope, "the plan", LIMIT, work).await?;
     let prune = prune(scope, objects, created);

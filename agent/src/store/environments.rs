@@ -15,10 +15,14 @@ pub struct Pin {
     pub at: Millis,
 }
 
+fn is_of_an_undo(reason: &str) -> bool {
+    reason.starts_with("undo to release ")
+}
+
 impl Pin {
     /// And no person's own.
     pub fn is_of_an_undo(&self) -> bool {
-        self.reason.starts_with("undo to release ")
+        is_of_an_undo(&self.reason)
     }
 }
 
@@ -189,7 +193,7 @@ impl Store {
             let held: Option<String> = sqlx::query_scalar("SELECT pinned_reason FROM environments WHERE name = $1")
                 .bind(environment).fetch_one(&mut *tx).await?;
             // A person's own pin keeps its reason. A redo lets go once it is live.
-            if kind == BuildKind::Undo && held.is_none_or(|held| held.starts_with("undo to release ")) {
+            if kind == BuildKind::Undo && held.is_none_or(|held| is_of_an_undo(&held)) {
                 pin!(tx, environment, reason, by, at);
             }
             audit!(tx, at, by, kind.as_str(), environment, Some(id), reason);

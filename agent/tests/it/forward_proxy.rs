@@ -3,44 +3,50 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream};
-use tokio_rustls::TlsAcceptor;
+
+use crate::tls::{Certificate, Tls};
 
 const LOGIN: &str = "landfall:pr0xy-w0rd-of-the-company";
 
 pub struct ForwardProxy {
     address: SocketAddr,
-    /// The company's authority, as a file of PEM.
-    pub authority: PathBuf,
+    pub certificate: Certificate,
+    _servers: Vec<Tls>,
     asked: Arc<Mutex<Vec<String>>>,
 }
 
 impl ForwardProxy {
     /// `names` to where the plain servers behind them listen.
     pub async fn start(folder: &Path, names: BTreeMap<&'static str, String>) -> Self {
-        let (authority, tls) = certificate(folder, names.keys().copied());
+        let known: Vec<&str> = names.keys().copied().collect();
+        let certificate = Certificate::make(folder, &known);
+        let (mut servers, mut ports) = (Vec::new(), BTreeMap::new());
+        for (name, server) in names {
+            let tls = Tls::before(&server, &certificate);
+            ports.insert(name, tls.port);
+            servers.push(tls);
+        }
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let asked = Arc::default();
         let log = Arc::clone(&asked);
-        let names = Arc::new(names);
+        let ports = Arc::new(ports);
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                tokio::spawn(tunnel(stream, names.clone(), tls.clone(), Arc::clone(&log)));
+                tokio::spawn(tunnel(stream, Arc::clone(&ports), Arc::clone(&log)));
             }
         });
         Self {
             address,
-            authority,
+            certificate,
+            _servers: servers,
             asked,
         }
     }
@@ -59,38 +65,9 @@ impl ForwardProxy {
     }
 }
 
-fn certificate(folder: &Path, names: impl Iterator<Item = &'static str>) -> (PathBuf, TlsAcceptor) {
-    let names: Vec<String> = names.map(|name| format!("DNS:{name}")).collect();
-    let (key, file) = (folder.join("tls.key"), folder.join("tls.pem"));
-    let made = Command::new("openssl")
-        .args(["req", "-x509", "-newkey", "ec", "-pkeyopt"])
-        .args(["ec_paramgen_curve:P-256", "-nodes", "-days", "2"])
-        .args(["-subj", "/CN=the company", "-addext"])
-        .args(["basicConstraints=critical,CA:FALSE", "-addext"])
-        .arg(format!("subjectAltName={}", names.join(",")))
-        .arg("-keyout")
-        .arg(&key)
-        .arg("-out")
-        .arg(&file)
-        .output()
-        .unwrap();
-    assert!(made.status.success(), "{made:?}");
-    let chain = vec![CertificateDer::from_pem_file(&file).unwrap()];
-    let key = PrivateKeyDer::from_pem_file(&key).unwrap();
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let config = rustls::ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_no_client_auth()
-        .with_single_cert(chain, key)
-        .unwrap();
-    (file, TlsAcceptor::from(Arc::new(config)))
-}
-
 async fn tunnel(
     stream: TcpStream,
-    names: Arc<BTreeMap<&'static str, String>>,
-    tls: TlsAcceptor,
+    ports: Arc<BTreeMap<&'static str, u16>>,
     asked: Arc<Mutex<Vec<String>>>,
 ) -> std::io::Result<()> {
     let mut stream = BufReader::new(stream);
@@ -111,7 +88,7 @@ async fn tunnel(
             .map(|_| line[20..].trim());
         is_known |= login == Some(format!("Basic {}", STANDARD.encode(LOGIN)).as_str());
     }
-    let answer = match (is_known, names.get(name.as_str())) {
+    let answer = match (is_known, ports.get(name.as_str())) {
         (true, Some(_)) => "200 Connection established",
         (true, None) => "502 Bad Gateway",
         (false, _) => {
@@ -121,11 +98,10 @@ async fn tunnel(
     stream
         .write_all(format!("HTTP/1.1 {answer}\r\n\r\n").as_bytes())
         .await?;
-    let Some(address) = names.get(name.as_str()).filter(|_| is_known) else {
+    let Some(port) = ports.get(name.as_str()).filter(|_| is_known) else {
         return Ok(());
     };
     asked.lock().unwrap().push(name);
-    let mut inside = tls.accept(stream).await?;
-    let mut server = TcpStream::connect(address).await?;
-    copy_bidirectional(&mut inside, &mut server).await.map(drop)
+    let mut server = TcpStream::connect(("127.0.0.1", *port)).await?;
+    copy_bidirectional(&mut stream, &mut server).await.map(drop)
 }

@@ -468,6 +468,14 @@ impl Landfall {
         build
     }
 
+    /// How it ended, which is live.
+    pub async fn goes_live(&self, id: i64) -> Value {
+        let build = self.end(id).await;
+        let log = self.log(id).await;
+        assert_eq!(build["outcome"], "live", "{build:#}\n{log}");
+        build
+    }
+
     pub async fn log(&self, id: i64) -> String {
         self.text(&format!("/api/builds/{id}/log")).await
     }

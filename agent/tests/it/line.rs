@@ -7,6 +7,7 @@ use crate::fake_github::{FakeGithub, TOKEN};
 use crate::forward_proxy::ForwardProxy;
 use crate::landfall::{BRANCH, Landfall, is_terminal, push_payload, secret, sign};
 use crate::support::{Namespace, agent_kubeconfig, busybox, eventually, registry};
+use crate::tls::{Certificate, Tls};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -856,7 +857,10 @@ async fn git_and_github_are_reached_by_the_way_out_that_the_environment_names() 
     landfall.restart(&plain, &hidden, &[]).await;
     let variables = [
         ("HTTPS_PROXY", proxy.url()),
-        ("SSL_CERT_FILE", proxy.authority.display().to_string()),
+        (
+            "SSL_CERT_FILE",
+            proxy.certificate.file.display().to_string(),
+        ),
         ("NO_PROXY", String::new()),
         ("no_proxy", String::new()),
     ];
@@ -867,13 +871,7 @@ async fn git_and_github_are_reached_by_the_way_out_that_the_environment_names() 
         format!("github: {{ api_url: \"https://{api}/api/v3\", token: {TOKEN} }}\nenvironments:");
     landfall.restart("environments:", &told, &variables).await;
     let id = landfall.push(&[]).await;
-    let build = landfall.end(id).await;
-    assert_eq!(
-        build["outcome"],
-        "live",
-        "{build:#}\n{}",
-        landfall.log(id).await
-    );
+    let build = landfall.goes_live(id).await;
     let commit = build["commit"].as_str().unwrap();
     eventually("GitHub shows it", Duration::from_secs(30), async || {
         (github.states(commit, "landfall/hello").last()? == "success").then_some(())
@@ -1086,57 +1084,14 @@ async fn every_path_of_the_openapi_description_is_there() {
     }
 }
 
-/// TLS before the git server, by a certificate of its own.
-struct Tls(std::process::Child);
-
-impl Drop for Tls {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_repository_comes_over_https_and_only_from_who_is_trusted() {
     let mut landfall = Landfall::start("https").await;
-    let (key, certificate) = (landfall.path("key.pem"), landfall.path("certificate.pem"));
-    let made = std::process::Command::new("openssl")
-        .args([
-            "req",
-            "-x509",
-            "-newkey",
-            "rsa:2048",
-            "-nodes",
-            "-days",
-            "1",
-            "-subj",
-            "/CN=localhost",
-        ])
-        .args(["-addext", "subjectAltName=DNS:localhost", "-keyout"])
-        .arg(&key)
-        .arg("-out")
-        .arg(&certificate)
-        .output()
-        .unwrap();
-    assert!(
-        made.status.success(),
-        "{}",
-        String::from_utf8_lossy(&made.stderr)
-    );
-    let port = crate::landfall::free_port();
+    let certificate = Certificate::make(&landfall.path(""), &["localhost"]);
     let plain = landfall.git_url();
-    let server = url::Url::parse(&plain).unwrap().port().unwrap();
-    let listen = format!(
-        "OPENSSL-LISTEN:{port},bind=127.0.0.1,reuseaddr,fork,verify=0,cert={},key={}",
-        certificate.display(),
-        key.display()
-    );
-    let socat = std::process::Command::new("socat")
-        .arg(listen)
-        .arg(format!("TCP:127.0.0.1:{server}"))
-        .spawn();
-    let _tls = Tls(socat.expect("socat is needed"));
-    let https = format!("https://localhost:{port}/hello.git");
+    let server = plain.split('/').nth(2).unwrap();
+    let tls = Tls::before(server, &certificate);
+    let https = format!("https://localhost:{}/hello.git", tls.port);
     landfall.restart(&plain, &https, &[]).await;
     let begun = std::time::Instant::now();
     let id = landfall.push(&[]).await;
@@ -1152,18 +1107,12 @@ async fn a_repository_comes_over_https_and_only_from_who_is_trusted() {
         "{refused:#}\n{log}"
     );
 
-    let trusted = certificate.display().to_string();
+    let trusted = certificate.file.display().to_string();
     landfall
         .restart(&https, &https, &[("SSL_CERT_FILE", &trusted)])
         .await;
     let id = landfall.push(&[("www/index.html", "Hello over TLS")]).await;
-    let build = landfall.end(id).await;
-    assert_eq!(
-        build["outcome"],
-        "live",
-        "{build:#}\n{}",
-        landfall.log(id).await
-    );
+    landfall.goes_live(id).await;
     assert!(landfall.log(id).await.contains(&https));
 }
 

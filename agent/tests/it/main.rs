@@ -30,6 +30,7 @@ mod support;
 mod systemd;
 mod test_stage;
 mod tidy;
+mod tls;
 mod traffic;
 mod transaction;
 mod trial;
