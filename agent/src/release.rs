@@ -50,7 +50,8 @@ pub struct Release {
 pub struct Unwell {
     /// `deployment/worker`.
     pub object: String,
-    /// The hash of its template and of the ConfigMaps and Secrets of the set that it names.
+    /// The hash of its template and of the ConfigMaps and Secrets of the set that it names; empty where it stood there before
+    /// Landfall.
     pub template: String,
     /// `Cause::id` of all that is wrong with it.
     pub causes: BTreeSet<String>,

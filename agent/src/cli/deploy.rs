@@ -208,8 +208,12 @@ async fn transaction(
         return code;
     }
     match back(scope, &objects, found).await {
-        Ok(()) => {
-            say!("what was there before is back and verified");
+        Ok(refused) => {
+            let but: String = refused.iter().map(|why| format!(", but {why}")).collect();
+            match found {
+                Some(_) => say!("what was there before is back and verified{but}"),
+                None => say!("nothing was there before: what it had made is removed"),
+            }
             ExitCode::from(3)
         }
         Err(error) => {
@@ -254,33 +258,31 @@ async fn back(
     scope: &Scope<'_>,
     failed: &[AppliedObject],
     found: Option<&Release>,
-) -> StageResult<()> {
-    scope.log.line("Putting back what was there before");
+) -> StageResult<Vec<String>> {
     let held = deploy::hold(scope, found).await?;
-    if let Some(found) = found {
-        removal::end_jobs(scope, &held, failed).await?;
-        let left_over = removal::left_over(failed, Some(found));
-        let (autoscalers, others) = removal::autoscalers_first(left_over);
-        removal::run(scope, &held, &autoscalers).await?;
-        let mut applying = Applying::begin(scope, &held, found, Way::Rescue).await?;
-        let mut objects = Vec::new();
-        while let Some((_, object)) = applying.next().await? {
-            objects.push(object);
-        }
-        let targets = Watched::applied(found, &objects);
-        removal::free_stuck_pods(scope, &held, &targets, Way::Rescue).await;
-        removal::run(scope, &held, &others).await?;
-        let applied = Applied {
-            release_id: 0,
-            objects,
-            unwell: Vec::new(),
-            refused: Vec::new(),
-        };
-        return verify::run(scope, found, &applied, &Known::default(), Show::Cause)
-            .await
-            .map(drop);
+    removal::end_jobs(scope, &held, failed).await?;
+    let left_over = removal::left_over(failed, found);
+    let Some(found) = found else {
+        removal::run(scope, &held, &left_over).await?;
+        return Ok(Vec::new());
+    };
+    scope.log.line("Putting back what was there before");
+    let (autoscalers, others) = removal::autoscalers_first(left_over);
+    removal::run(scope, &held, &autoscalers).await?;
+    let mut applying = Applying::begin(scope, &held, found, Way::Rescue).await?;
+    let mut objects = Vec::new();
+    while let Some((_, object)) = applying.next().await? {
+        objects.push(object);
     }
-    removal::run(scope, &held, &removal::left_over(failed, None))
-        .await
-        .map(drop)
+    let targets = Watched::applied(found, &objects);
+    removal::free_stuck_pods(scope, &held, &targets, Way::Rescue).await;
+    removal::run(scope, &held, &others).await?;
+    let applied = Applied {
+        release_id: 0,
+        objects,
+        unwell: Vec::new(),
+        refused: Vec::new(),
+    };
+    verify::run(scope, found, &applied, &Known::default(), Show::Cause).await?;
+    Ok(applying.refused)
 }

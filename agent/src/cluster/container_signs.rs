@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use super::probes::probe_words;
-use super::sign::{CONFIGURATION, PASSING, PERMANENT, Patience, Sign};
+use super::sign::{PASSING, PERMANENT, Patience, Sign, of_missing};
 use super::snapshot::{Running, Snapshot, name, uid};
-use super::words::{is_about, last_line, message, shortened};
+use super::words::{is_about, last_line, last_seen, message, shortened};
 use crate::builds::Cause;
 
 /// The container runtime was asked and failed; it is asked again within this.
@@ -34,7 +34,11 @@ pub(super) fn died(container: &Running<'_>, snapshot: &Snapshot, deaths: i32) ->
     let liveness = snapshot.events_of(uid(container.pod)).any(|event| {
         is_about(event, &container.status.name) && message(event).contains("failed liveness probe")
     });
-    let cause = if death.reason == "OOMKilled" {
+    let cause = if let Some(hook) = failed_hook(container, snapshot) {
+        let sentence = format!("{who} was ended {often} because its postStart hook failed{hook}");
+        Cause::new("hook_failed", sentence)
+            .hint("run the command of `lifecycle: postStart` by hand in the image: what it writes is in no log")
+    } else if death.reason == "OOMKilled" {
         Cause::new(
             "oom_killed",
             format!(
@@ -85,6 +89,19 @@ pub(super) fn died(container: &Running<'_>, snapshot: &Snapshot, deaths: i32) ->
     Some(Sign::new(&of(container), patience, cause))
 }
 
+/// What the kubelet says of a `postStart` hook that failed, which ends the container by force. It may say no more than that.
+fn failed_hook(container: &Running<'_>, snapshot: &Snapshot) -> Option<String> {
+    let told = snapshot.events_of(uid(container.pod)).find(|event| {
+        event.reason.as_deref() == Some("FailedPostStartHook")
+            && is_about(event, &container.status.name)
+    })?;
+    let says = message(told);
+    Some(match says == "PostStartHook failed" {
+        true => String::new(),
+        false => format!(": {}", shortened(says)),
+    })
+}
+
 pub(super) fn of(container: &Running<'_>) -> String {
     let (pod, name) = container.key();
     format!("{pod}/{name}")
@@ -123,21 +140,48 @@ pub(super) fn waits(container: &Running<'_>) -> Option<Sign> {
                 ),
             ),
         ),
-        "CreateContainerConfigError" => (
-            Patience::Seen(CONFIGURATION),
-            Cause::new(
-                missing_config(message),
-                format!("{who} cannot be configured: {}", shortened(message)),
+        "CreateContainerConfigError" => {
+            let id = missing_config(message);
+            (
+                of_missing(id, false),
+                Cause::new(
+                    id,
+                    format!("{who} cannot be configured: {}", shortened(message)),
+                )
+                .hint(
+                    "add the missing ConfigMap, Secret or key to the namespace or to the manifests",
+                ),
             )
-            .hint("add the missing ConfigMap, Secret or key to the namespace or to the manifests"),
-        ),
-        "RunContainerError"
-        | "CreateContainerError"
-        | "PreStartHookError"
-        | "PostStartHookError" => (Patience::Seen(RUNTIME), cannot_start(&who, message)),
+        }
+        "RunContainerError" | "CreateContainerError" | "PreStartHookError" => {
+            (Patience::Seen(RUNTIME), cannot_start(&who, message))
+        }
         _ => return None,
     };
     Some(Sign::new(&of(container), patience, cause))
+}
+
+/// A pull that has neither come to an end nor failed: a large image, or a registry that takes connections and says nothing.
+pub(super) fn pulls(container: &Running<'_>, snapshot: &Snapshot) -> Option<Sign> {
+    let (_, "") = container
+        .waiting()
+        .filter(|(reason, _)| *reason == "ContainerCreating")?
+    else {
+        return None;
+    };
+    let newest = snapshot
+        .events_of(uid(container.pod))
+        .filter(|event| is_about(event, &container.status.name))
+        .max_by_key(|event| last_seen(event))?;
+    let image = &container.spec?.image.as_deref()?;
+    (newest.reason.as_deref() == Some("Pulling")).then(|| {
+        let who = container.display_name();
+        let sentence = format!("the node is still pulling the image {image} of {who}");
+        let cause = Cause::new("image_pull_slow", sentence).hint(
+            "check how large the image is, and that the cluster's nodes reach the registry; `verify: timeout_seconds` gives it more time",
+        );
+        Sign::new(&of(container), Patience::UntilDeadline, cause)
+    })
 }
 
 /// What a container waits for: `secret "x" not found`, `couldn't find key k in ConfigMap ns/x`.

@@ -5,7 +5,7 @@
 
 use k8s_openapi::api::core::v1::Pod;
 
-use super::container_signs::{died, waits};
+use super::container_signs::{died, pulls, waits};
 use super::pod_signs::{cannot_mount, node_lost, unschedulable};
 use super::probes::{fails_liveness, never_ready};
 use super::sign::Sign;
@@ -39,6 +39,9 @@ pub fn signs(
     }
     for pod in &pods {
         signs.extend(cannot_mount(pod, snapshot));
+        for container in Running::all(pod) {
+            signs.extend(pulls(&container, snapshot));
+        }
         signs.extend(unschedulable(pod, snapshot, nodes_autoscale));
     }
     signs.extend(pods.iter().filter_map(|pod| node_lost(pod, snapshot.now)));

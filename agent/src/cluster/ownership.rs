@@ -19,7 +19,9 @@ pub const FENCE: &str = "landfall.dev/fence";
 const MANAGER_CLIENT_SIDE: &str = "kubectl-client-side-apply";
 /// Of `kubectl rollout undo`, which writes the whole template; `rollout restart` is `kubectl-rollout`.
 const MANAGER_UNDO: &str = "kubectl";
-const LAST_APPLIED: &str = "f:kubectl.kubernetes.io/last-applied-configuration";
+/// What the next `kubectl apply` compares with.
+const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
+const LAST_APPLIED_FIELD: &str = "f:kubectl.kubernetes.io/last-applied-configuration";
 
 /// One field that another manager has with another value.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,27 +79,7 @@ impl Taking<'_> {
 /// taken over, for else its pods would be replaced although nothing is new.
 pub fn migrated(live: &Value, template_changes: bool) -> Option<Value> {
     let mut entries = live.pointer("/metadata/managedFields")?.as_array()?.clone();
-    let mut moved = Map::new();
-    let mut version = String::new();
-    for entry in &mut entries {
-        if text(entry, "/operation") != "Update" || !text(entry, "/subresource").is_empty() {
-            continue;
-        }
-        let manager = text(entry, "/manager").to_owned();
-        let entry_version = text(entry, "/apiVersion").to_owned();
-        let Some(fields) = entry.get_mut("fieldsV1").and_then(Value::as_object_mut) else {
-            continue;
-        };
-        let taken = match manager.as_str() {
-            MANAGER_CLIENT_SIDE => without_last_applied(fields),
-            MANAGER_UNDO if template_changes => take_template(fields),
-            _ => continue,
-        };
-        if !taken.is_empty() {
-            merge(&mut moved, taken);
-            version = entry_version;
-        }
-    }
+    let (moved, version) = take_out(&mut entries, template_changes);
     if moved.is_empty() {
         return None;
     }
@@ -117,6 +99,122 @@ pub fn migrated(live: &Value, template_changes: bool) -> Option<Value> {
         })),
     }
     Some(Value::Array(entries))
+}
+
+/// Fields that `kubectl apply` has set in `live` and nobody holds after the takeover: an apply then removes them, where a dry
+/// run of it, which takes nothing over, answers with `applied` and keeps them. Defaults, which kubectl's entry holds too and
+/// its memory does not, come back by themselves.
+pub fn let_go(live: &Value, applied: &Value) -> Vec<String> {
+    let entries = |object: &Value| {
+        let entries = object.pointer("/metadata/managedFields");
+        entries
+            .and_then(Value::as_array)
+            .cloned()
+            .unwrap_or_default()
+    };
+    let (taken, _) = take_out(&mut entries(live), false);
+    let mut held = entries(applied);
+    take_out(&mut held, false);
+    let mut kept = Map::new();
+    for entry in held {
+        if let Some(Value::Object(fields)) = entry.get("fieldsV1") {
+            merge(&mut kept, fields.clone());
+        }
+    }
+    let annotations = live.pointer("/metadata/annotations");
+    let memory = annotations.and_then(|annotations| annotations.get(LAST_APPLIED)?.as_str());
+    let set = memory.and_then(|memory| serde_json::from_str(memory).ok());
+    let mut gone = Vec::new();
+    missing(&taken, &kept, &set.unwrap_or_default(), "", &mut gone);
+    gone
+}
+
+/// The paths of fields of `taken` that are in `set` and that `kept` lacks, the outermost alone.
+fn missing(
+    taken: &Map<String, Value>,
+    kept: &Map<String, Value>,
+    set: &Value,
+    at: &str,
+    gone: &mut Vec<String>,
+) {
+    for (key, inner) in taken.iter().filter(|(key, _)| *key != ".") {
+        let Some(set) = element(set, key) else {
+            continue;
+        };
+        let path = format!("{at}{}", path_element(key));
+        match (inner, kept.get(key)) {
+            (_, None) => gone.push(path),
+            (Value::Object(inner), Some(Value::Object(kept))) => {
+                missing(inner, kept, set, &path, gone);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// What a key of `fieldsV1` leads to: a member, the item with these members (those with a default may be absent), or a value.
+fn element<'a>(of: &'a Value, key: &str) -> Option<&'a Value> {
+    match key.split_once(':')? {
+        ("f", field) => of.get(field),
+        ("k", keys) => {
+            let keys: Map<String, Value> = serde_json::from_str(keys).ok()?;
+            of.as_array()?.iter().find(|item| {
+                let is =
+                    |(key, value): (&String, &Value)| item.get(key).is_none_or(|it| it == value);
+                keys.iter().all(is)
+            })
+        }
+        ("v", value) => {
+            let value: Value = serde_json::from_str(value).ok()?;
+            of.as_array()?.iter().find(|item| **item == value)
+        }
+        _ => None,
+    }
+}
+
+/// As conflicts name it: `.spec`, `[name="hello"]`. <https://pkg.go.dev/sigs.k8s.io/structured-merge-diff/v4/fieldpath>
+fn path_element(key: &str) -> String {
+    match key.split_once(':') {
+        Some(("f", field)) => format!(".{field}"),
+        Some(("k", keys)) => match serde_json::from_str(keys) {
+            Ok(Value::Object(keys)) => {
+                let keys: Vec<String> = keys
+                    .iter()
+                    .map(|(key, value)| format!("{key}={value}"))
+                    .collect();
+                format!("[{}]", keys.join(","))
+            }
+            _ => format!("[{keys}]"),
+        },
+        Some(("v", value)) => format!("[={value}]"),
+        _ => format!("[{key}]"),
+    }
+}
+
+/// Takes fields of people's tools out of their entries; with them the API version of the entries.
+fn take_out(entries: &mut [Value], template_changes: bool) -> (Map<String, Value>, String) {
+    let mut moved = Map::new();
+    let mut version = String::new();
+    for entry in entries {
+        if text(entry, "/operation") != "Update" || !text(entry, "/subresource").is_empty() {
+            continue;
+        }
+        let manager = text(entry, "/manager").to_owned();
+        let entry_version = text(entry, "/apiVersion").to_owned();
+        let Some(fields) = entry.get_mut("fieldsV1").and_then(Value::as_object_mut) else {
+            continue;
+        };
+        let taken = match manager.as_str() {
+            MANAGER_CLIENT_SIDE => without_last_applied(fields),
+            MANAGER_UNDO if template_changes => take_template(fields),
+            _ => continue,
+        };
+        if !taken.is_empty() {
+            merge(&mut moved, taken);
+            version = entry_version;
+        }
+    }
+    (moved, version)
 }
 
 /// Whether `spec.replicas` would be ours alone after the migration: then it must be handed over before it is dropped.
@@ -144,11 +242,11 @@ fn without_last_applied(fields: &mut Map<String, Value>) -> Map<String, Value> {
         .and_then(|metadata| metadata.get_mut("f:annotations"));
     let last_applied = annotations
         .and_then(Value::as_object_mut)
-        .and_then(|annotations| annotations.remove(LAST_APPLIED));
+        .and_then(|annotations| annotations.remove(LAST_APPLIED_FIELD));
     if let Some(last_applied) = last_applied {
         fields.insert(
             "f:metadata".to_owned(),
-            json!({"f:annotations": {LAST_APPLIED: last_applied}}),
+            json!({"f:annotations": {LAST_APPLIED_FIELD: last_applied}}),
         );
     }
     prune(&mut taken, "f:annotations");
@@ -214,7 +312,7 @@ mod tests {
     #[test]
     fn fields_of_kubectl_apply_become_ours_but_its_memory_stays() {
         let theirs = json!({
-            "f:metadata": {"f:annotations": {".": {}, LAST_APPLIED: {}}},
+            "f:metadata": {"f:annotations": {".": {}, LAST_APPLIED_FIELD: {}}},
             "f:spec": {"f:paused": {}, "f:replicas": {}},
         });
         let ours = json!({"f:spec": {"f:replicas": {}, "f:selector": {}}});
@@ -225,7 +323,7 @@ mod tests {
         let migrated = migrated(&live, false).unwrap();
         assert_eq!(
             migrated[0]["fieldsV1"],
-            json!({"f:metadata": {"f:annotations": {LAST_APPLIED: {}}}})
+            json!({"f:metadata": {"f:annotations": {LAST_APPLIED_FIELD: {}}}})
         );
         assert_eq!(
             migrated[1]["fieldsV1"],
@@ -235,6 +333,50 @@ mod tests {
             super::migrated(&json!({"metadata": {"managedFields": migrated}}), false),
             None
         );
+    }
+
+    #[test]
+    fn what_nobody_holds_after_the_takeover_is_let_go() {
+        let env = |names: &[&str]| {
+            let keys = names.iter().map(|name| {
+                (
+                    format!("k:{{\"name\":\"{name}\"}}"),
+                    json!({".": {}, "f:name": {}, "f:value": {}}),
+                )
+            });
+            json!({"f:spec": {"f:containers": {"k:{\"name\":\"web\"}": {".": {}, "f:env": Map::from_iter(keys), "f:imagePullPolicy": {}}}}})
+        };
+        let theirs = json!({
+            "f:metadata": {"f:annotations": {".": {}, LAST_APPLIED_FIELD: {}}, "f:finalizers": {"v:\"theirs\"": {}}},
+            "f:spec": {"f:paused": {}, "f:replicas": {}, "f:strategy": {}, "f:template": env(&["OLD", "NEW"])},
+        });
+        let set = json!({
+            "metadata": {"finalizers": ["theirs"]},
+            "spec": {"paused": true, "replicas": 3, "template": {"spec": {"containers": [
+                {"name": "web", "env": [{"name": "OLD", "value": "1"}, {"name": "NEW", "value": "1"}]}]}}},
+        });
+        let mut before = live(&[entry(MANAGER_CLIENT_SIDE, "Update", &theirs)]);
+        before["metadata"]["annotations"] = json!({LAST_APPLIED: set.to_string()});
+        let ours = json!({"f:spec": {"f:template": env(&["NEW"])}});
+        let after = live(&[
+            entry(MANAGER_CLIENT_SIDE, "Update", &theirs),
+            entry(MANAGER, "Apply", &ours),
+            entry(
+                "kube-controller-manager",
+                "Update",
+                &json!({"f:spec": {"f:replicas": {}}}),
+            ),
+        ]);
+        assert_eq!(
+            let_go(&before, &after),
+            [
+                ".metadata.finalizers",
+                ".spec.paused",
+                r#".spec.template.spec.containers[name="web"].env[name="OLD"]"#
+            ]
+        );
+        assert!(let_go(&before, &live(&[entry(MANAGER, "Apply", &theirs)])).is_empty());
+        assert!(let_go(&after, &after).is_empty());
     }
 
     #[test]

@@ -6,7 +6,7 @@ use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
 
 use super::container_signs::missing_config;
-use super::sign::{CONFIGURATION, PASSING, Patience, Sign};
+use super::sign::{PASSING, Patience, Sign, of_missing};
 use super::snapshot::{Running, Snapshot, created, name, pod_condition, uid};
 use super::words::{last_seen, message, shortened};
 use crate::builds::Cause;
@@ -62,11 +62,6 @@ pub(super) fn cannot_mount(pod: &Pod, snapshot: &Snapshot) -> Option<Sign> {
     ]
     .iter()
     .any(|word| told.contains(word));
-    let patience = if is_missing {
-        Patience::Seen(CONFIGURATION)
-    } else {
-        Patience::UntilDeadline
-    };
     let id = if event.reason.as_deref() == Some("FailedCreatePodSandBox") {
         "cannot_start"
     } else if is_missing {
@@ -76,6 +71,11 @@ pub(super) fn cannot_mount(pod: &Pod, snapshot: &Snapshot) -> Option<Sign> {
         }
     } else {
         "mount_failed"
+    };
+    let patience = if is_missing {
+        of_missing(id, true)
+    } else {
+        Patience::UntilDeadline
     };
     let cause = Cause::new(
         id,

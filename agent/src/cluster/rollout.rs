@@ -27,6 +27,8 @@ const UNPROBED_MIN: Duration = Duration::from_secs(5);
 /// Where good releases came up, one that runs and is not ready for so long, and for so many times as long as theirs, is dead.
 const UNREADY_MIN: Duration = Duration::from_secs(25);
 const UNREADY_TIMES: u32 = 3;
+/// Within this the kubelet tries a container again that it could not make.
+const TRIED_AGAIN: Duration = Duration::from_secs(20);
 /// A sign that was not seen for so long is a new one when it comes again (pulling is tried in turns).
 const SIGN_GONE: Duration = Duration::from_secs(15);
 /// Clocks of two API servers, and seconds cut off.
@@ -87,7 +89,7 @@ pub fn judge(
         let counts = counted.is_err()
             || matches!(sign.cause.id.as_str(), "changed_by_another")
             || is_death(sign);
-        counts && history.is_ripe(sign, snapshot)
+        counts && history.is_ripe(sign, target, snapshot)
     });
     if let Some(sign) = ripe {
         let told = if sign.cause.id == "progress_deadline" {
@@ -345,13 +347,16 @@ impl History {
         (container.deaths() - before).max(0)
     }
 
-    fn is_ripe(&self, sign: &Sign, snapshot: &Snapshot) -> bool {
+    fn is_ripe(&self, sign: &Sign, target: &Target, snapshot: &Snapshot) -> bool {
         let seen = self
             .signs
             .get(&key(sign))
             .map_or(Duration::ZERO, |(first, _)| since(*first, snapshot.now));
         match sign.patience {
             Patience::None => true,
+            Patience::Seen(patience) if is_of_an_older_pod(sign, target, snapshot) => {
+                seen >= patience.max(TRIED_AGAIN)
+            }
             Patience::Seen(patience) => seen >= patience,
             Patience::Quiet(patience) => {
                 let still = self
@@ -479,6 +484,14 @@ pub fn runs_calmly(snapshot: &Snapshot) -> bool {
         let runs = container.running_since();
         runs.is_some_and(|at| since(at, snapshot.now) >= calm_needed(&container))
     })
+}
+
+/// What it says may be over: somebody has mended what was missing, and the kubelet has not tried again.
+fn is_of_an_older_pod(sign: &Sign, target: &Target, snapshot: &Snapshot) -> bool {
+    let own_pods = snapshot.own_pods();
+    let of = own_pods.iter().filter(|pod| sign.of.starts_with(uid(pod)));
+    let mut containers = of.copied().flat_map(Running::all);
+    containers.any(|container| !is_since(target, snapshot, &container))
 }
 
 /// Born after our apply: all its deaths are this release's.

@@ -147,7 +147,7 @@ fn what_may_pass_is_waited_for() {
     for (name, seconds) in [
         ("configkey", 3),
         ("configmap", 3),
-        ("secretvol", 3),
+        ("secretvol", 33),
         ("quota", 3),
         ("unschedulable", 6),
         ("registry-down", 6),
@@ -179,7 +179,7 @@ fn what_does_not_pass_is_failed_in_its_time() {
         ),
         (
             "secretvol",
-            8,
+            43,
             "secret_missing",
             "secret \"nosuchsecret\" not found",
         ),
@@ -761,10 +761,11 @@ fn stateful_and_daemon_sets_are_judged_by_the_rules_of_kubectl() {
         ),
         Verdict::Complete
     );
-    assert_eq!(
-        failed(judged(status(0, 3, "old"), json!({"type": "OnDelete"}))).id,
-        "update_on_delete"
-    );
+    // Where no pod is old, nobody has to be deleted.
+    assert!(matches!(
+        judged(status(0, 2, "old"), json!({"type": "OnDelete"})),
+        Verdict::NotYet { .. }
+    ));
 
     let daemon = |updated: i32, available: i32| {
         let set: DaemonSet = serde_json::from_value(json!({"metadata": {"name": "d", "uid": "s", "generation": 2},
@@ -836,6 +837,29 @@ fn pod_of_set(made: &str, more: &Value) -> Value {
 
 fn event(reason: &str, of: &str, at: &str, told: &str) -> Value {
     json!({"metadata": {"name": "e"}, "involvedObject": {"uid": of}, "reason": reason, "lastTimestamp": at, "message": told})
+}
+
+#[test]
+fn a_workload_that_rolls_out_on_delete_is_stuck_by_old_pods_alone() {
+    for (revision, is_stuck) in [("old", true), ("new", false)] {
+        let mut pod = pod_of_set("2026-01-01T00:00:12Z", &json!({}));
+        pod["metadata"]["labels"] = json!({"controller-revision-hash": revision});
+        let mut snapshot = stateful(&[pod], &[]);
+        let set = json!({"metadata": {"name": "db", "uid": "set"}, "status": {"updateRevision": "new", "replicas": 1},
+            "spec": {"serviceName": "db", "selector": {}, "template": {}, "updateStrategy": {"type": "OnDelete"}}});
+        snapshot.workload = Workload::StatefulSet(Box::new(serde_json::from_value(set).unwrap()));
+        let target = Target::named(Kind::StatefulSet, "db");
+        let sign = workload_signs::on_delete(&target, &snapshot);
+        assert_eq!(sign.is_some(), is_stuck, "{revision}: {sign:?}");
+
+        let status = json!({"currentNumberScheduled": 2, "desiredNumberScheduled": 3, "numberMisscheduled": 0, "numberReady": 0,
+            "updatedNumberScheduled": if is_stuck { 1 } else { 2 }});
+        let set = json!({"metadata": {"name": "db", "uid": "set"}, "status": status,
+            "spec": {"selector": {}, "template": {}, "updateStrategy": {"type": "OnDelete"}}});
+        snapshot.workload = Workload::DaemonSet(Box::new(serde_json::from_value(set).unwrap()));
+        let sign = workload_signs::on_delete(&target, &snapshot);
+        assert_eq!(sign.is_some(), is_stuck, "{revision}: {sign:?}");
+    }
 }
 
 #[test]

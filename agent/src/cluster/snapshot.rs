@@ -363,6 +363,20 @@ impl Snapshot {
             .partition(|pod| !is_terminating(pod))
     }
 
+    /// Whether the workload is to have any pod.
+    pub fn wants_pods(&self) -> bool {
+        let wanted = match &self.workload {
+            Workload::Deployment(it) => it.spec.as_ref().and_then(|spec| spec.replicas),
+            Workload::StatefulSet(it) => it.spec.as_ref().and_then(|spec| spec.replicas),
+            Workload::DaemonSet(it) => {
+                let status = it.status.as_ref();
+                status.map(|status| status.desired_number_scheduled)
+            }
+            Workload::Job(_) => None,
+        };
+        wanted.unwrap_or(1) > 0
+    }
+
     /// A pod of a StatefulSet that its partition leaves at the older template.
     pub fn is_held_back(&self, pod: &Pod) -> bool {
         let Workload::StatefulSet(set) = &self.workload else {

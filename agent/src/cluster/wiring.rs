@@ -61,6 +61,7 @@ pub fn selects_a_template<'a>(
 #[derive(Debug, Clone)]
 pub struct Replaced {
     pub before: Value,
+    /// Null where it goes with the release.
     pub after: Value,
 }
 
@@ -197,6 +198,16 @@ pub fn backends(objects: &[Value]) -> (Vec<Backend>, Vec<Cause>) {
     }
     outside.dedup();
     (outside, causes)
+}
+
+/// A backend that this very release takes away.
+pub fn backend_removed(backend: &Backend) -> Cause {
+    let Backend { ingress, service } = backend;
+    let sentence =
+        format!("{ingress} leads to service/{service}, which the manifests hold no more");
+    Cause::new("ingress_backend_missing", sentence)
+        .object(ingress)
+        .hint("put the Service back into the manifests, or let the Ingress lead to another")
 }
 
 pub fn backend_missing(backend: &Backend) -> Cause {

@@ -188,12 +188,20 @@ pub(super) fn paused(target: &Target, snapshot: &Snapshot) -> Option<Sign> {
 
 /// Such a workload rolls out when somebody deletes its pods: nobody will.
 pub(super) fn on_delete(target: &Target, snapshot: &Snapshot) -> Option<Sign> {
-    let strategy = match &snapshot.workload {
-        Workload::StatefulSet(it) => it.spec.as_ref()?.update_strategy.as_ref()?.type_.as_deref(),
-        Workload::DaemonSet(it) => it.spec.as_ref()?.update_strategy.as_ref()?.type_.as_deref(),
-        _ => None,
+    let (strategy, has_old_pods) = match &snapshot.workload {
+        Workload::StatefulSet(it) => (
+            it.spec.as_ref()?.update_strategy.as_ref()?.type_.as_deref(),
+            !snapshot.old_pods().0.is_empty(),
+        ),
+        Workload::DaemonSet(it) => (
+            it.spec.as_ref()?.update_strategy.as_ref()?.type_.as_deref(),
+            it.status.as_ref().is_some_and(|status| {
+                status.updated_number_scheduled.unwrap_or(0) < status.current_number_scheduled
+            }),
+        ),
+        _ => return None,
     };
-    (strategy == Some("OnDelete")).then(|| {
+    (strategy == Some("OnDelete") && has_old_pods).then(|| {
         let cause = Cause::new("update_on_delete", format!("{} has the update strategy OnDelete: its pods stay old until somebody deletes them", target.display_name()))
             .hint("use the update strategy RollingUpdate");
         Sign::new(&target.name, Patience::None, cause)

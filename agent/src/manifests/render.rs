@@ -381,6 +381,24 @@ fn stamp_template(object: &mut Value, configs: &Configs) -> Result<(), Cause> {
     Ok(())
 }
 
+/// What the pods of these objects cannot start without: kind and name of ConfigMaps, Secrets and ServiceAccounts.
+pub fn needed_by_pods(objects: &[Value]) -> BTreeSet<(&'static str, String)> {
+    let mut needed = BTreeSet::new();
+    for object in objects {
+        let Some(template) = template(object) else {
+            continue;
+        };
+        needed.extend(named_configs(template));
+        let account = text(template, "/spec/serviceAccountName");
+        needed.insert(("ServiceAccount", account.to_owned()));
+        let secrets = template.pointer("/spec/imagePullSecrets");
+        for secret in secrets.and_then(Value::as_array).into_iter().flatten() {
+            needed.insert(("Secret", text(secret, "/name").to_owned()));
+        }
+    }
+    needed
+}
+
 /// ConfigMaps and Secrets that a pod template names, in a stable order.
 fn named_configs(template: &Value) -> Vec<(&'static str, String)> {
     let mut named = Vec::new();

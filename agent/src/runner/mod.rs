@@ -22,7 +22,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::build_log::{BuildLog, FLUSH_EVERY, Masker, StageLog};
 use crate::builds::{
-    Build, BuildKind, Cause, Outcome, Stage, StageStatus, Status, human_duration, now, short,
+    Build, BuildKind, Cause, Outcome, Stage, StageRow, StageStatus, Status, human_duration, now,
+    short,
 };
 use crate::cluster::availability;
 use crate::config::{Config, Environment};
@@ -576,14 +577,20 @@ impl<'a> Line<'a> {
 
     /// What a stage that passed has handed on.
     async fn baton<T: DeserializeOwned>(&self, stage: Stage) -> anyhow::Result<Option<T>> {
+        let row = self.stage_row(stage).await?;
+        Ok(row
+            .filter(|row| row.status == StageStatus::Passed)
+            .and_then(baton))
+    }
+
+    /// What a stage has handed on or, where it did not pass, had kept for whoever comes after it.
+    async fn kept_baton<T: DeserializeOwned>(&self, stage: Stage) -> anyhow::Result<Option<T>> {
+        Ok(self.stage_row(stage).await?.and_then(baton))
+    }
+
+    async fn stage_row(&self, stage: Stage) -> anyhow::Result<Option<StageRow>> {
         let stages = self.agent.store.stages(self.build.id).await?;
-        let passed = stages
-            .into_iter()
-            .find(|row| row.stage == stage && row.status == StageStatus::Passed);
-        // A baton that this version cannot read is one that is not there.
-        Ok(passed
-            .and_then(|row| row.baton)
-            .and_then(|baton| serde_json::from_str(&baton).ok()))
+        Ok(stages.into_iter().find(|row| row.stage == stage))
     }
 
     async fn canceled(&self) -> Option<Ended> {
@@ -624,6 +631,11 @@ impl<'a> Line<'a> {
             cause: Some(cause),
         })
     }
+}
+
+/// A baton that this version cannot read is one that is not there.
+fn baton<T: DeserializeOwned>(row: StageRow) -> Option<T> {
+    serde_json::from_str(&row.baton?).ok()
 }
 
 impl Ended {

@@ -130,6 +130,9 @@ impl Line<'_> {
             return Ok(ended(Outcome::Unchanged, cause));
         }
         if release.rollback == Rollback::Never {
+            let log = self.log.stage(Stage::Rollback);
+            self.keep_evidence(&self.unstopped(&log), &release, &touched)
+                .await;
             let by_hand = deploy::undo_hint(&release.namespace, &touched);
             let whole = self.serving().await?.map(|serving| {
                 let environment = &self.build.environment;
@@ -155,13 +158,8 @@ impl Line<'_> {
         let store = &self.agent.store;
         let log = self.log.stage(Stage::Rollback);
         let scope = self.unstopped(&log);
-        let serving = self.serving().await?;
-        let is_first = serving.is_none();
-        let goal = match serving {
-            Some(release) if release.id != failed.id => Some(release),
-            Some(_) => None,
-            None => self.adopted().await?,
-        };
+        let is_first = self.serving().await?.is_none();
+        let goal = self.goal(failed).await?;
         let ended = |outcome, cause| {
             Some(Ended {
                 status,
@@ -195,19 +193,16 @@ impl Line<'_> {
                 let lost = self
                     .availability()
                     .map_or(String::new(), |availability| format!(", {availability}"));
-                let but: String = refused.iter().map(|why| format!(", but {why}")).collect();
-                let back = format!(
-                    "release {id} is back and verified{lost}{but}; what failed is kept with this build as evidence"
-                );
+                let back = back_hint(id, &lost, &refused);
                 let cause = Cause { hint, ..cause };
                 Ok(ended(Outcome::RolledBack, with_hint(cause, Some(back))))
             }
             Ok(PutBack {
                 release_id: None, ..
-            }) => {
-                let removed = "nothing was there before: what it had made is removed".to_owned();
-                Ok(ended(Outcome::Removed, with_hint(cause, Some(removed))))
-            }
+            }) => Ok(ended(
+                Outcome::Removed,
+                with_hint(cause, Some(REMOVED_HINT.to_owned())),
+            )),
             Err(StageError::Canceled) => Ok(None),
             Err(error) => {
                 let why = error.sentence();
@@ -238,6 +233,15 @@ impl Line<'_> {
                     ),
                 ))
             }
+        }
+    }
+
+    /// What is to be put back after a failed release; None where nothing was there before it.
+    async fn goal(&self, failed: &Release) -> anyhow::Result<Option<Release>> {
+        match self.serving().await? {
+            Some(release) if release.id != failed.id => Ok(Some(release)),
+            Some(_) => Ok(None),
+            None => self.adopted().await,
         }
     }
 
@@ -447,6 +451,19 @@ impl Line<'_> {
         }
     }
 
+    /// Of a rollback that an earlier attempt could not bring about.
+    async fn failed_hint(&self) -> anyhow::Result<String> {
+        let environment = &self.build.environment;
+        let why = "the log of the rollback says why";
+        let Some(failed) = self.planned().await? else {
+            return Ok(rollback_hint(environment, None, why, None));
+        };
+        let touched = self.agent.store.touched(self.build.id).await?;
+        let by_hand = deploy::undo_hint(&failed.namespace, &touched);
+        let goal = self.goal(&failed).await?;
+        Ok(rollback_hint(environment, goal.as_ref(), why, by_hand))
+    }
+
     /// A rollback that an earlier attempt began, and what it came to.
     pub(super) async fn earlier_rollback(&self) -> anyhow::Result<Option<Earlier>> {
         let stages = self.agent.store.stages(self.build.id).await?;
@@ -454,21 +471,26 @@ impl Line<'_> {
         let (Some(row), Some(cause)) = (row, self.build.cause.clone()) else {
             return Ok(None);
         };
-        let outcome = match row.status {
+        let (outcome, hint) = match row.status {
             StageStatus::Running | StageStatus::Canceled => return Ok(Some(Earlier::Begun(cause))),
-            StageStatus::Passed => {
-                let put_back: Option<PutBack> = self.baton(Stage::Rollback).await?;
-                match put_back.and_then(|put_back| put_back.release_id) {
-                    Some(id) => {
-                        self.agent.store.set_restored(self.build, id).await?;
-                        Outcome::RolledBack
-                    }
-                    None => Outcome::Removed,
+            StageStatus::Passed => match self.baton(Stage::Rollback).await? {
+                Some(PutBack {
+                    release_id: Some(id),
+                    refused,
+                }) => {
+                    self.agent.store.set_restored(self.build, id).await?;
+                    (Outcome::RolledBack, back_hint(id, "", &refused))
                 }
+                _ => (Outcome::Removed, REMOVED_HINT.to_owned()),
+            },
+            StageStatus::Failed => (Outcome::RollbackFailed, self.failed_hint().await?),
+            StageStatus::Errored => {
+                let lost =
+                    "the way back was lost from sight; the next build goes it to the end first";
+                (Outcome::Unknown, lost.to_owned())
             }
-            StageStatus::Failed => Outcome::RollbackFailed,
-            StageStatus::Errored => Outcome::Unknown,
         };
+        let cause = with_hint(cause, Some(hint));
         let status = match outcome {
             Outcome::Unknown => Status::Errored,
             _ => Status::Failed,
@@ -481,6 +503,15 @@ impl Line<'_> {
             cause: Some(cause),
         })))
     }
+}
+
+const REMOVED_HINT: &str = "nothing was there before: what it had made is removed";
+
+fn back_hint(release_id: i64, lost: &str, refused: &[String]) -> String {
+    let but: String = refused.iter().map(|why| format!(", but {why}")).collect();
+    format!(
+        "release {release_id} is back and verified{lost}{but}; what failed is kept with this build as evidence"
+    )
 }
 
 fn rollback_hint(

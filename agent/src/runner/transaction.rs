@@ -6,6 +6,8 @@ use std::collections::BTreeSet;
 use std::sync::PoisonError;
 use std::time::Duration;
 
+use anyhow::Context;
+
 use super::Line;
 use crate::builds::Stage;
 use crate::cluster::availability::{self, Availability};
@@ -70,15 +72,33 @@ impl Line<'_> {
         } else {
             Way::Forward
         };
+        let earlier: Option<Applied> = self.kept_baton(Stage::Deploy).await?;
         let work = async {
-            let unwell = match way.is_back() {
-                true => self.unwell_now(&scope).await,
-                false => Vec::new(),
+            let unwell = match (way.is_back(), earlier) {
+                (false, _) => Vec::new(),
+                (true, Some(earlier)) => earlier.unwell,
+                (true, None) => self.unwell_now(&scope).await,
             };
+            if way.is_back() {
+                self.keep_unwell(release, &unwell).await?;
+            }
             let applied = self.apply(&scope, release, way).await?;
             Ok(Applied { unwell, ..applied })
         };
         self.journaled(Stage::Deploy, &scope, work).await
+    }
+
+    /// For an attempt after this one, which could not tell it from what this one has changed.
+    async fn keep_unwell(&self, release: &Release, unwell: &[Unwell]) -> anyhow::Result<()> {
+        let begun = Applied {
+            release_id: release.id,
+            objects: Vec::new(),
+            unwell: unwell.to_vec(),
+            refused: Vec::new(),
+        };
+        let begun = serde_json::to_string(&begun).context("cannot store a baton")?;
+        let store = &self.agent.store;
+        store.keep_baton(self.build, Stage::Deploy, &begun).await
     }
 
     /// What is not well before something is brought back. What an attempt that died has changed is not told from that. Nobody is
@@ -206,9 +226,14 @@ impl Line<'_> {
         let store = &self.agent.store;
         let environment = &self.build.environment;
         let created = store.created(environment).await?;
+        let serving = self.serving().await?;
+        let is_at_rest = match &serving {
+            Some(_) => store.is_at_rest(environment).await?,
+            None => store.is_as_found(environment).await?,
+        };
         let ground = Ground {
-            serving: self.serving().await?,
-            is_at_rest: store.is_at_rest(environment).await?,
+            serving,
+            is_at_rest,
             created: created.into_iter().map(|(_, object)| object).collect(),
         };
         let Plan { release, found } = plan::run(scope, checked_out, built, &ground).await?;
@@ -326,7 +351,7 @@ impl Line<'_> {
                 created.into_iter().map(|(_, object)| object).collect();
             removal::capped(
                 scope,
-                removal::prunable(&created, &release.objects),
+                removal::prunable(scope, &created, &release.objects),
                 &created,
             )
         } else {
@@ -370,7 +395,7 @@ impl Line<'_> {
         if !self.build.kind.brings_back() {
             return Ok(release.unwell.clone());
         }
-        let applied: Option<Applied> = self.baton(Stage::Deploy).await?;
+        let applied: Option<Applied> = self.kept_baton(Stage::Deploy).await?;
         Ok(applied.map_or_else(Vec::new, |applied| applied.unwell))
     }
 

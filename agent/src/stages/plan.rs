@@ -18,7 +18,7 @@ use crate::cluster::apply::{self, Done, Rules};
 use crate::cluster::observe::Observer;
 use crate::cluster::snapshot::{Kind, Target as Watched};
 use crate::cluster::wiring::Replaced;
-use crate::cluster::{Cluster, Trouble, diff, observe, policy, rollout, wiring};
+use crate::cluster::{Cluster, Trouble, diff, observe, ownership, policy, rollout, wiring};
 use crate::manifests::render::{self, Places, Target, template_hash};
 use crate::manifests::{self, Manifest, api_version, display_name, files, kind, name, text};
 use crate::pipeline::Pipeline;
@@ -37,7 +37,8 @@ const UNWELL_MIN: Duration = Duration::from_secs(60);
 pub struct Ground {
     /// The release that serves.
     pub serving: Option<Release>,
-    /// The last build that changed anything ended with a release that was proved: what fails now is no other build's doing.
+    /// The last build that changed anything ended with a release that was proved, or none did: what fails now is no other
+    /// build's doing.
     pub is_at_rest: bool,
     /// What releases of this environment created, and nobody has removed.
     pub created: Vec<AppliedObject>,
@@ -97,21 +98,20 @@ pub async fn run(
     let created = &ground.created;
     let live = review(scope, &cluster, &mut release, &rendered.places, created).await?;
     let found = match &ground.serving {
-        Some(serving) => {
-            if ground.is_at_rest {
-                let lacks = |target: &Watched| {
-                    let is_it = |live: &&Value| {
-                        Kind::of(kind(live)) == Some(target.kind) && name(live) == target.name
-                    };
-                    live.iter().find(is_it).is_some_and(lacks_pods)
-                };
-                let look = unwell(scope, &cluster, serving, lacks);
-                release.unwell = limited(scope, "the plan", LIMIT, look).await?;
-            }
-            None
-        }
-        None => found(&release, live),
+        Some(_) => None,
+        None => found(&release, live.clone()),
     };
+    let stands = ground.serving.as_ref().or(found.as_ref());
+    if let Some(stands) = stands.filter(|_| ground.is_at_rest) {
+        let lacks = |target: &Watched| {
+            let is_it = |live: &&Value| {
+                Kind::of(kind(live)) == Some(target.kind) && name(live) == target.name
+            };
+            live.iter().find(is_it).is_some_and(lacks_pods)
+        };
+        let look = unwell(scope, &cluster, stands, lacks);
+        release.unwell = limited(scope, "the plan", LIMIT, look).await?;
+    }
     Ok(Plan { release, found })
 }
 
@@ -126,9 +126,9 @@ pub async fn review(
 ) -> StageResult<Vec<Value>> {
     let objects = &release.objects;
     scope.log.also_mask(&manifests::secret_values(objects));
-    let work = dry_run(scope, cluster, objects, places);
-    let (plan, live) = limited(scope, "the plan", LIMIT, work).await?;
     let prune = prune(scope, objects, created);
+    let work = dry_run(scope, cluster, objects, places, &prune);
+    let (plan, live) = limited(scope, "the plan", LIMIT, work).await?;
     release.plan = plan;
     let removed = prune.iter().map(|object| Planned {
         object: object.display_name(),
@@ -158,9 +158,6 @@ async fn unwell(
 ) -> StageResult<Vec<Unwell>> {
     let mut unwell = Vec::new();
     for target in Watched::serving(serving) {
-        let Some(template) = &target.release else {
-            continue;
-        };
         if !lacks(&target) {
             continue;
         }
@@ -178,7 +175,7 @@ async fn unwell(
         ));
         unwell.push(Unwell {
             object: target.display_name(),
-            template: template.clone(),
+            template: target.release.clone().unwrap_or_default(),
             causes: trouble.causes,
             ready: trouble.ready,
         });
@@ -200,7 +197,8 @@ fn lacks_pods(live: &Value) -> bool {
 
 /// What is to be removed once the release is live; too much of it is left, and said.
 fn prune(scope: &Scope<'_>, objects: &[Value], created: &[AppliedObject]) -> Vec<AppliedObject> {
-    let prunable = removal::capped(scope, removal::prunable(created, objects), created);
+    let prunable = removal::prunable(scope, created, objects);
+    let prunable = removal::capped(scope, prunable, created);
     for object in &prunable {
         let name = object.display_name();
         scope.log.line(format!(
@@ -264,6 +262,7 @@ async fn dry_run(
     cluster: &Cluster,
     objects: &[Value],
     places: &Places,
+    prune: &[AppliedObject],
 ) -> StageResult<(Vec<Planned>, Vec<Value>)> {
     if !namespace_is_there(scope, cluster).await? {
         let namespace = &cluster.namespace;
@@ -311,7 +310,7 @@ async fn dry_run(
             Err(Trouble::Agent(error)) => return Err(StageError::Agent(error)),
         }
     }
-    for cause in leads_nowhere(scope, cluster, objects, &replaced).await? {
+    for cause in leads_nowhere(scope, cluster, objects, replaced, prune).await? {
         refuse(cause);
     }
     let more = refused.len().saturating_sub(1);
@@ -382,6 +381,13 @@ async fn plan_one(
     }
     planned.notes.extend(done.notes.iter().cloned());
     let before = done.before.as_ref();
+    let gone = before.map_or_else(Vec::new, |before| ownership::let_go(before, &done.after));
+    if !gone.is_empty() {
+        planned.change = Change::Changed;
+    }
+    let told =
+        |field| format!("{field}: removed, kubectl had set it and the manifests do not hold it");
+    planned.notes.extend(gone.into_iter().map(told));
     let rolls = before.is_none_or(|live| template_hash(live) != template_hash(object));
     if rolls {
         planned
@@ -415,11 +421,15 @@ async fn leads_nowhere(
     scope: &Scope<'_>,
     cluster: &Cluster,
     objects: &[Value],
-    replaced: &[Replaced],
+    mut replaced: Vec<Replaced>,
+    prune: &[AppliedObject],
 ) -> StageResult<Vec<Cause>> {
     let mut causes = wiring::unknown_ports(objects);
     let (pods, services) = (cluster.api::<Pod>(), cluster.api::<Service>());
     let unmatched = wiring::unmatched_services(objects);
+    if !unmatched.is_empty() {
+        replaced.extend(removed(cluster, prune).await?);
+    }
     for unmatched in unmatched {
         let by_selector = ListParams::default()
             .labels(&unmatched.selector)
@@ -439,6 +449,12 @@ async fn leads_nowhere(
     let (outside, missing) = wiring::backends(objects);
     causes.extend(missing);
     for backend in outside {
+        let is_it =
+            |object: &&AppliedObject| object.kind == "Service" && object.name == backend.service;
+        if prune.iter().any(|object| is_it(&object)) {
+            causes.push(wiring::backend_removed(&backend));
+            continue;
+        }
         let service = seen(scope, || {
             observe::ask("read a service", || services.get_opt(&backend.service))
         });
@@ -447,6 +463,27 @@ async fn leads_nowhere(
         }
     }
     Ok(causes)
+}
+
+/// The workloads that go once the release is live, and their pods with them.
+async fn removed(cluster: &Cluster, prune: &[AppliedObject]) -> StageResult<Vec<Replaced>> {
+    let mut removed = Vec::new();
+    for object in prune.iter().filter(|it| render::is_workload(&it.kind)) {
+        let named = serde_json::json!({
+            "apiVersion": object.api_version, "kind": object.kind, "metadata": {"name": object.name},
+        });
+        let Some(resource) = cluster.resource(&named).await? else {
+            continue;
+        };
+        let live = cluster.get(&resource, &object.name).await;
+        let what = format!("read {}", object.display_name());
+        let live = live.map_err(|answer| answer.into_error(&what))?;
+        removed.extend(live.map(|before| Replaced {
+            before,
+            after: Value::Null,
+        }));
+    }
+    Ok(removed)
 }
 
 /// Asks until the cluster is seen, for as long as it may be away.

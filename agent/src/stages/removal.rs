@@ -17,7 +17,7 @@ use crate::cluster::apply::{self, Removal};
 use crate::cluster::lease::Held;
 use crate::cluster::observe::{BLIND_RETRY, Observer, ask};
 use crate::cluster::snapshot::{Kind, Running, Target, Workload, is_ready, name, uid};
-use crate::manifests::condition;
+use crate::manifests::{condition, render};
 use crate::release::{AppliedObject, Change, Release};
 
 /// More than this many objects, or than half of all, are not pruned without the operator's word.
@@ -33,17 +33,41 @@ const TAKEN_UP_LIMIT: Duration = Duration::from_secs(10);
 const JOB_ENDS_WITHIN: Duration = Duration::from_secs(35);
 const POLL: Duration = Duration::from_millis(200);
 
-/// What earlier releases created and this set does not hold.
-pub fn prunable(created: &[AppliedObject], objects: &[Value]) -> Vec<AppliedObject> {
-    let mut prunable: Vec<AppliedObject> = Vec::new();
-    for object in created {
-        let is_wanted = objects.iter().any(|wanted| object.is_named_by(wanted));
-        let is_known = prunable.iter().any(|known| known.uid == object.uid);
-        if !is_wanted && !is_known && !KEPT.contains(&object.kind.as_str()) {
-            prunable.push(object.clone());
-        }
+/// What earlier releases created and this set does not hold; but what its pods still name stays, and is said.
+pub fn prunable(
+    scope: &Scope<'_>,
+    created: &[AppliedObject],
+    objects: &[Value],
+) -> Vec<AppliedObject> {
+    let (needed, prunable): (Vec<_>, Vec<_>) = surplus(created, objects);
+    for object in needed {
+        let name = object.display_name();
+        scope.log.line(format!(
+            "{name} stays: the manifests hold it no more, and a pod of theirs names it still"
+        ));
     }
     prunable
+}
+
+/// What is in none of these objects: what their pods name all the same, and the rest.
+fn surplus(
+    created: &[AppliedObject],
+    objects: &[Value],
+) -> (Vec<AppliedObject>, Vec<AppliedObject>) {
+    let mut surplus: Vec<AppliedObject> = Vec::new();
+    for object in created {
+        let is_wanted = objects.iter().any(|wanted| object.is_named_by(wanted));
+        let is_known = surplus.iter().any(|known| known.uid == object.uid);
+        if !is_wanted && !is_known && !KEPT.contains(&object.kind.as_str()) {
+            surplus.push(object.clone());
+        }
+    }
+    let needed = render::needed_by_pods(objects);
+    let is_needed = |object: &AppliedObject| {
+        let mut needed = needed.iter();
+        needed.any(|(kind, name)| *kind == object.kind && *name == object.name)
+    };
+    surplus.into_iter().partition(is_needed)
 }
 
 /// None of them where there are too many; that is said.
@@ -259,11 +283,19 @@ mod tests {
             object("ConfigMap", "old", Change::Created),
             object("PersistentVolumeClaim", "data", Change::Created),
             object("Deployment", "web", Change::Created),
+            object("ConfigMap", "named", Change::Created),
+            object("ServiceAccount", "runner", Change::Created),
+            object("Secret", "pull", Change::Created),
         ];
+        let pod = json!({"serviceAccountName": "runner", "imagePullSecrets": [{"name": "pull"}],
+            "containers": [{"envFrom": [{"configMapRef": {"name": "named"}}]}]});
         let set = [
-            json!({"apiVersion": "apps/v1beta1", "kind": "Deployment", "metadata": {"name": "web"}}),
+            json!({"apiVersion": "apps/v1beta1", "kind": "Deployment", "metadata": {"name": "web"},
+                "spec": {"template": {"spec": pod}}}),
         ];
-        assert_eq!(names(&prunable(&created, &set)), ["old"]);
+        let (needed, prunable) = surplus(&created, &set);
+        assert_eq!(names(&prunable), ["old"]);
+        assert_eq!(names(&needed), ["named", "runner", "pull"]);
     }
 
     #[test]

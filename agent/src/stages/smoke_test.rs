@@ -21,6 +21,7 @@ use crate::cluster::proxy::{self, Answer, Asked, Place};
 use crate::cluster::rollout::{self, Standing};
 use crate::cluster::snapshot::{self, Snapshot, Target};
 use crate::cluster::wiring;
+use crate::manifests::display_name;
 use crate::pipeline::SmokeTest;
 use crate::release::{Evidence, Release};
 
@@ -77,6 +78,25 @@ struct Tester<'a> {
     evidence: &'a mut Vec<Evidence>,
 }
 
+/// The pods of a release's workloads.
+#[derive(Default)]
+struct Pods {
+    /// The release's own that are to stay.
+    new: Vec<Pod>,
+    /// Uids of older ones, on their way out.
+    old: Vec<String>,
+    /// Older ones that a partition keeps.
+    held_back: Vec<Pod>,
+    /// Some workload behind the Service is to have pods.
+    are_wanted: bool,
+}
+
+impl Pods {
+    fn are_none(&self) -> bool {
+        self.new.is_empty() && self.held_back.is_empty()
+    }
+}
+
 /// One request to be repeated: where, and until when.
 struct Question<'a> {
     test: &'a SmokeTest,
@@ -130,39 +150,27 @@ impl Tester<'_> {
                 cause.hint("name a Service of the manifests in `smoke_test: service`"),
             ));
         };
-        let (new, old) = self.pods(deadline).await?;
         let selector = live
             .spec
             .as_ref()
             .and_then(|spec| spec.selector.clone())
             .unwrap_or_default();
-        if new.is_empty() && !selector.is_empty() {
-            self.scope.log.line(format!(
-                "GET {path} of service/{service}: no pod is wanted, so none is asked"
-            ));
-            return Ok(());
-        }
-        let selected = |pod: &&Pod| {
-            selector
-                .iter()
-                .all(|(key, value)| snapshot::label(&pod.metadata, key) == Some(value))
-        };
-        let asked: Vec<&Pod> = new
-            .iter()
-            .filter(|_| !selector.is_empty())
-            .filter(selected)
-            .collect();
-        if asked.is_empty() && !selector.is_empty() {
-            if !wiring::selects_a_template(&self.release.objects, &selector) {
+        let pods = self.pods_behind(&selector, deadline).await?;
+        if pods.are_none() && !selector.is_empty() {
+            if wiring::selects_a_template(&self.release.objects, &selector) && !pods.are_wanted {
+                self.scope.log.line(format!(
+                    "GET {path} of service/{service}: no pod is wanted behind it, so none is asked"
+                ));
+                return Ok(());
+            }
+            let slices = self.retried(deadline, || self.slices(service)).await?;
+            if !pods.are_wanted && !leads_to_a_ready_pod(&slices) {
                 return Err(selects_nothing(service, &selector));
             }
-            self.scope.log.line(format!(
-                "GET {path} of service/{service}: no pod is wanted behind it, so none is asked"
-            ));
-            return Ok(());
         }
-        let ready: Vec<&Pod> = asked
-            .into_iter()
+        let ready: Vec<&Pod> = pods
+            .new
+            .iter()
             .filter(|pod| snapshot::is_ready(pod))
             .collect();
         for pod in &ready {
@@ -178,8 +186,15 @@ impl Tester<'_> {
             self.repeat(&question, || proxy::get(cluster, &place, path))
                 .await?;
         }
-        self.old_endpoints_gone(service, &old, deadline).await?;
+        self.old_endpoints_gone(service, &pods.old, deadline)
+            .await?;
         let what = format!("GET {path} of service/{service}");
+        if expect::names_commit(&test.expect) && !pods.held_back.is_empty() {
+            self.scope.log.line(format!(
+                "{what}: not asked for its commit, for it leads to pods too that a partition keeps as they were"
+            ));
+            return Ok(());
+        }
         let question = Question {
             test,
             what,
@@ -308,12 +323,7 @@ impl Tester<'_> {
                     .is_some_and(|it| condition(it.terminating));
                 uid.is_some_and(|uid| old.contains(uid)) && !leaves
             };
-            // Absent means ready.
-            let ready = endpoints.iter().any(|it| {
-                it.conditions
-                    .as_ref()
-                    .is_none_or(|it| it.ready.unwrap_or(true))
-            });
+            let ready = leads_to_a_ready_pod(&slices);
             let old_ones = endpoints.iter().filter(is_old).count();
             if ready && old_ones == 0 {
                 return Ok(());
@@ -336,9 +346,35 @@ impl Tester<'_> {
         }
     }
 
-    /// The release's pods that are to stay, and the uids of older ones.
-    async fn pods(&self, deadline: Instant) -> StageResult<(Vec<Pod>, Vec<String>)> {
-        let (mut new, mut old) = (Vec::new(), Vec::new());
+    /// The pods that a Service selects, and all old ones. Where some are wanted and none is there (one was just taken away, and
+    /// the next is not made yet), it waits.
+    async fn pods_behind(
+        &self,
+        selector: &BTreeMap<String, String>,
+        deadline: Instant,
+    ) -> StageResult<Pods> {
+        let is_selected = |pod: &Pod| {
+            let mut labels = selector.iter();
+            !selector.is_empty()
+                && labels.all(|(key, value)| snapshot::label(&pod.metadata, key) == Some(value))
+        };
+        loop {
+            let mut pods = self.pods(selector, deadline).await?;
+            pods.new.retain(is_selected);
+            pods.held_back.retain(is_selected);
+            if !pods.are_none() || !pods.are_wanted || Instant::now() >= deadline {
+                return Ok(pods);
+            }
+            tokio::time::sleep(PAUSE_FIRST).await;
+        }
+    }
+
+    async fn pods(
+        &self,
+        selector: &BTreeMap<String, String>,
+        deadline: Instant,
+    ) -> StageResult<Pods> {
+        let mut pods = Pods::default();
         let targets = self.targets;
         for target in targets {
             let seen = self.retried(deadline, || self.snapshot(target)).await?;
@@ -349,20 +385,25 @@ impl Tester<'_> {
             let Some(snapshot) = seen else {
                 continue;
             };
-            new.extend(
+            pods.new.extend(
                 snapshot
                     .new_pods()
                     .into_iter()
                     .filter(|pod| !snapshot::has_ended(pod))
                     .cloned(),
             );
-            let (serving, _) = snapshot.old_pods();
-            let replaced = serving
-                .into_iter()
-                .filter(|pod| !snapshot.is_held_back(pod));
-            old.extend(replaced.map(|pod| snapshot::uid(pod).to_owned()));
+            let is_it = |object: &&serde_json::Value| display_name(object) == target.display_name();
+            let own = self.release.objects.iter().find(is_it);
+            pods.are_wanted |= snapshot.wants_pods() && wiring::selects_a_template(own, selector);
+            for pod in snapshot.old_pods().0 {
+                if snapshot.is_held_back(pod) {
+                    pods.held_back.push(pod.clone());
+                } else {
+                    pods.old.push(snapshot::uid(pod).to_owned());
+                }
+            }
         }
-        Ok((new, old))
+        Ok(pods)
     }
 
     /// Looks until it sees; gives up when the cluster was out of sight for too long, whatever the test's own limit.
@@ -402,6 +443,15 @@ impl Tester<'_> {
             .await?
             .items)
     }
+}
+
+fn leads_to_a_ready_pod(slices: &[EndpointSlice]) -> bool {
+    let mut endpoints = slices.iter().flat_map(|slice| &slice.endpoints);
+    // Absent means ready.
+    endpoints.any(|it| {
+        let conditions = it.conditions.as_ref();
+        conditions.is_none_or(|it| it.ready.unwrap_or(true))
+    })
 }
 
 fn finished(cause: Cause, question: &Question<'_>) -> Cause {

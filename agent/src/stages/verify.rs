@@ -158,7 +158,7 @@ fn as_before(
 ) -> Option<String> {
     let name = target.display_name();
     let before = unwell.iter().find(|before| {
-        before.object == name && target.release.as_ref() == Some(&before.template)
+        before.object == name && target.release.as_deref().unwrap_or_default() == before.template
     })?;
     match verdict {
         Verdict::Complete => return None,

@@ -443,7 +443,7 @@ impl Store {
         )
     }
 
-    /// Writes into the journal that a stage began; one that was begun before begins anew.
+    /// Writes into the journal that a stage began; one that was begun before begins anew, with what was kept where it was cut off.
     pub async fn begin_stage(&self, build: &Build, stage: Stage) -> anyhow::Result<()> {
         let ordinal = Stage::ALL
             .iter()
@@ -456,7 +456,8 @@ impl Store {
             anyhow::ensure!(held == 1, "build #{} is no longer ours", build.id);
             sqlx::query(
                 "INSERT INTO stages (build_id, stage, ordinal, attempt, status, begun_at) VALUES ($1, $2, $3, $4, 'running', $5) \
-                 ON CONFLICT (build_id, stage) DO UPDATE SET attempt = $4, status = 'running', begun_at = $5, done_at = NULL, baton = NULL",
+                 ON CONFLICT (build_id, stage) DO UPDATE SET attempt = $4, status = 'running', begun_at = $5, done_at = NULL, \
+                 baton = CASE stages.status WHEN 'running' THEN stages.baton END",
             )
             .bind(build.id).bind(stage.as_str()).bind(ordinal).bind(build.attempt).bind(now()).execute(&mut *tx).await?;
             tx.commit().await?;
@@ -466,7 +467,18 @@ impl Store {
         Ok(())
     }
 
-    /// Writes into the journal how a stage ended, and the baton where it passed.
+    /// Keeps what a stage that is under way has found out, for an attempt after this one.
+    pub async fn keep_baton(&self, build: &Build, stage: Stage, baton: &str) -> anyhow::Result<()> {
+        let rows = on!(&self.main, pool => sqlx::query(
+                "UPDATE stages SET baton = $3 WHERE build_id = $1 AND stage = $2 AND status = 'running' AND \
+                 EXISTS (SELECT 1 FROM builds WHERE id = $1 AND fence = $4)")
+            .bind(build.id).bind(stage.as_str()).bind(baton).bind(build.fence)
+            .execute(pool).await?.rows_affected());
+        anyhow::ensure!(rows == 1, "build #{} is no longer ours", build.id);
+        Ok(())
+    }
+
+    /// Writes into the journal how a stage ended, and the baton where it passed; where it did not, the one that was kept stays.
     pub async fn end_stage(
         &self,
         build: &Build,
@@ -475,7 +487,7 @@ impl Store {
         baton: Option<&str>,
     ) -> anyhow::Result<()> {
         let rows = on!(&self.main, pool => sqlx::query(
-                "UPDATE stages SET status = $3, done_at = $4, baton = $5 WHERE build_id = $1 AND stage = $2 AND \
+                "UPDATE stages SET status = $3, done_at = $4, baton = COALESCE($5, baton) WHERE build_id = $1 AND stage = $2 AND \
                  EXISTS (SELECT 1 FROM builds WHERE id = $1 AND fence = $6)")
             .bind(build.id).bind(stage.as_str()).bind(status.as_str()).bind(now()).bind(baton).bind(build.fence)
             .execute(pool).await?.rows_affected());

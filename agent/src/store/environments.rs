@@ -113,6 +113,11 @@ impl Store {
     /// Holds an environment at its release; a pin that is there gets the new reason.
     pub async fn pin(&self, environment: &str, reason: &str, by: &str) -> anyhow::Result<()> {
         let at = now();
+        // A person's words are never taken for an undo's, which go with it.
+        let reason = &match is_of_an_undo(reason) {
+            true => format!("by hand: {reason}"),
+            false => reason.to_owned(),
+        };
         on!(&self.main, pool, BEGIN, _lock => {
             let mut tx = pool.begin_with(BEGIN).await?;
             pin!(tx, environment, reason, by, at);

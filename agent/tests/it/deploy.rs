@@ -377,6 +377,14 @@ async fn fields_of_kubectl_apply_really_go() {
     let ours = deployment("web", "replicas: 1", "env: [{name: KEPT, value: '2'}]");
     let (_, log) = place.deploy(1, &ours).await;
     assert!(log.contains("took over what kubectl had applied"), "{log}");
+    // Already the plan names them.
+    let plan = log.split("took over").next().unwrap_or_default();
+    let extra = r#".spec.template.spec.containers[name="main"].env[name="EXTRA"]"#;
+    for field in [extra, ".spec.paused"] {
+        let told = format!("{field}: removed, kubectl had set it");
+        assert!(plan.contains(&told), "{plan}");
+    }
+    assert_eq!(plan.matches(": removed, kubectl").count(), 2, "{plan}");
     let names = ".spec.template.spec.containers[0].env[*].name";
     assert_eq!(place.field("deployment/web", names), "KEPT");
     assert_eq!(place.field("deployment/web", ".spec.paused"), "");

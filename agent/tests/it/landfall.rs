@@ -200,6 +200,10 @@ impl Landfall {
     /// Starts the agent and waits until it is ready.
     pub async fn run(&mut self) {
         self.spawn(&[]);
+        self.is_ready().await;
+    }
+
+    pub async fn is_ready(&self) {
         let ready = self.url("/readyz");
         eventually("the agent is ready", Duration::from_secs(20), async || {
             self.http

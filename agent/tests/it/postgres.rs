@@ -47,6 +47,23 @@ impl Postgres {
         format!("postgres://landfall@127.0.0.1:{}/postgres", self.port)
     }
 
+    /// Runs statements in the agents' own database.
+    pub fn sql(&self, statements: &str) {
+        let mut psql = Command::new(program("psql"));
+        psql.args([
+            "-q",
+            "-v",
+            "ON_ERROR_STOP=1",
+            "-d",
+            &self.url(),
+            "-c",
+            statements,
+        ]);
+        let output = psql.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{said}");
+    }
+
     /// Ends it at once, as a crash does, and starts it again after a while.
     pub async fn crash(&mut self, away: Duration) {
         // PostgreSQL's own children end with it.

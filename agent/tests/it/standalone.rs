@@ -233,6 +233,63 @@ fn deploy_goes_live_or_back_without_a_server() {
 }
 
 #[test]
+fn a_way_back_without_a_server_ends_jobs_and_says_what_stays() {
+    let namespace = Namespace::new("back-by-hand");
+    let folder = tempfile::tempdir().unwrap();
+    let write = |text: &str| std::fs::write(folder.path().join("app.yaml"), text).unwrap();
+    let files = folder.path().to_str().unwrap();
+    let image = format!("web={}", busybox());
+    let deploy = [
+        "deploy",
+        "-f",
+        files,
+        "--image",
+        &image,
+        "--rollback",
+        "--timeout",
+        "20s",
+    ];
+    // Nothing was there before.
+    let hangs = format!(
+        "apiVersion: batch/v1\nkind: Job\nmetadata: {{name: migrate}}\nspec:\n  template:\n    spec:\n      restartPolicy: Never\n      \
+         terminationGracePeriodSeconds: 0\n      containers: [{{name: migrate, image: {}, command: [sleep, '1000']}}]\n---\n",
+        busybox()
+    );
+    let settings =
+        "---\napiVersion: v1\nkind: ConfigMap\nmetadata: {name: settings}\ndata: {greeting: one}\n";
+    let serves = deployment("web:1", "sleep 1000");
+    write(
+        &[
+            &hangs,
+            settings.trim_start_matches("---\n"),
+            "---\n",
+            &serves,
+        ]
+        .concat(),
+    );
+    let (code, said) = landfall(&namespace, &deploy);
+    assert_eq!(code, Some(3), "{said}");
+    assert!(
+        said.contains("nothing was there before: what it had made is removed"),
+        "{said}"
+    );
+    assert_eq!(
+        kubectl(&["-n", &namespace.0, "get", "jobs,configmaps", "-o", "name"]),
+        "configmap/kube-root-ca.crt\n"
+    );
+
+    write(&[&serves, settings].concat());
+    let (code, said) = landfall(&namespace, &deploy);
+    assert_eq!(code, Some(0), "{said}");
+    let for_ever = settings.replace("one", "two") + "immutable: true\n";
+    write(&[&deployment("web:2", "exit 1"), &for_ever[..]].concat());
+    let (code, said) = landfall(&namespace, &deploy);
+    assert_eq!(code, Some(3), "{said}");
+    let back = "what was there before is back and verified, but configmap/settings cannot be put back as it was";
+    assert!(said.contains(back), "{said}");
+}
+
+#[test]
 fn a_kustomization_is_rendered_by_kubectl() {
     let namespace = Namespace::new("kustomize");
     let folder = tempfile::tempdir().unwrap();

@@ -17,7 +17,11 @@ impl Certificate {
             key: folder.join("tls.key"),
             file: folder.join("tls.pem"),
         };
-        let names: Vec<String> = names.iter().map(|name| format!("DNS:{name}")).collect();
+        let alternative = |name: &&str| match name.parse::<std::net::IpAddr>() {
+            Ok(address) => format!("IP:{address}"),
+            Err(_) => format!("DNS:{name}"),
+        };
+        let names: Vec<String> = names.iter().map(alternative).collect();
         let output = Command::new("openssl")
             .args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days"])
             .args(["1", "-subj", "/CN=localhost", "-addext"])
@@ -47,9 +51,14 @@ pub struct Tls {
 impl Tls {
     /// `server` is `127.0.0.1:PORT`.
     pub fn before(server: &str, certificate: &Certificate) -> Self {
+        Self::at("127.0.0.1", server, certificate)
+    }
+
+    /// Listens on this address of the machine.
+    pub fn at(address: &str, server: &str, certificate: &Certificate) -> Self {
         let port = free_port();
         let listen = format!(
-            "OPENSSL-LISTEN:{port},bind=127.0.0.1,reuseaddr,fork,verify=0,cert={},key={}",
+            "OPENSSL-LISTEN:{port},bind={address},reuseaddr,fork,verify=0,cert={},key={}",
             certificate.file.display(),
             certificate.key.display()
         );

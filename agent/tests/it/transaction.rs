@@ -146,10 +146,21 @@ async fn a_first_release_over_what_was_there_goes_back_to_it() {
         "deployment/hello",
         "--timeout=60s",
     ]);
-    let id = landfall.push(&[DIES]).await;
+    // Beside it something that has been dead for long.
+    let dead = worker("one");
+    kubectl_apply(&landfall.namespace.0, &dead);
+    tokio::time::sleep(Duration::from_secs(62)).await;
+    let id = landfall
+        .push(&[DIES, ("kubernetes/worker.yaml", &dead)])
+        .await;
     let build = landfall.end(id).await;
     let log = landfall.log(id).await;
     assert_eq!(ended(&build), ("failed", "rolled_back"), "{build:#}\n{log}");
+    assert!(
+        log.contains("deployment/worker was not well before either"),
+        "{log}"
+    );
+    kubectl_apply(&landfall.namespace.0, &settings("elsewhere", "hello"));
     let image = field(
         &landfall,
         "deployment/hello",
@@ -351,6 +362,71 @@ async fn what_a_release_no_longer_has_is_removed_once_it_is_live() {
         log.contains("configmap/old will be removed") && log.contains("configmap/old removed"),
         "{log}"
     );
+}
+
+/// What is to be removed once the release is live must not be what it lives on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_pruned_that_the_release_still_needs() {
+    let mut landfall = Landfall::start("needs").await;
+    let namespace = landfall.namespace.0.clone();
+    let listens = "mkdir /w; exec httpd -f -p 80 -h /w";
+    let side = worker("one")
+        .replace("worker", "side")
+        .replace("exec sleep 3600", listens);
+    let service = "apiVersion: v1\nkind: Service\nmetadata:\n  name: side\nspec:\n  selector:\n    app: side\n  ports:\n    - port: 80\n";
+    let files = [
+        (
+            "kubernetes/settings.yaml",
+            [settings("more", "hello"), settings("elsewhere", "hello")].join("---\n"),
+        ),
+        ("kubernetes/side.yaml", side.clone()),
+        ("kubernetes/side-service.yaml", service.to_owned()),
+    ];
+    let files: Vec<_> = files
+        .iter()
+        .map(|(name, text)| (*name, text.as_str()))
+        .collect();
+    live(&mut landfall, &files).await;
+
+    // The workload has another name now, and its Service does not know.
+    let renamed = side.replace("side", "other");
+    let files = [("kubernetes/side.yaml", renamed.as_str())];
+    let build = ends(&mut landfall, &files, ("failed", "unchanged")).await;
+    assert_eq!(build["cause"]["id"], "service_selects_nothing", "{build:#}");
+
+    // A ConfigMap that is forgotten, and named all the same.
+    let files = [
+        ("kubernetes/side.yaml", side.as_str()),
+        ("kubernetes/settings.yaml", &settings("more", "hello")),
+    ];
+    let build = live(&mut landfall, &files).await;
+    let log = landfall.log(build["id"].as_i64().unwrap()).await;
+    assert!(
+        log.contains("configmap/elsewhere stays: the manifests hold it no more"),
+        "{log}"
+    );
+    kubectl(&["-n", &namespace, "get", "configmap/elsewhere"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_put_back_stays_and_is_in_the_cause() {
+    let mut landfall = Landfall::start("immutable").await;
+    let file = "kubernetes/settings.yaml";
+    live(&mut landfall, &[(file, &settings("settings", "good"))]).await;
+    let for_ever = format!("{}immutable: true\n", settings("settings", "bad"));
+    let files = [DIES, (file, for_ever.as_str())];
+    let build = ends(&mut landfall, &files, ("failed", "rolled_back")).await;
+    let hint = build["cause"]["hint"].as_str().unwrap();
+    let stays = "but configmap/settings cannot be put back as it was and stays as it is: ";
+    assert!(
+        hint.contains(stays) && hint.contains("immutable"),
+        "{build:#}"
+    );
+    assert_eq!(
+        field(&landfall, "configmap/settings", ".data.greeting"),
+        "bad"
+    );
+    assert_eq!(build["cause"]["id"], "crash_loop", "{build:#}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -723,6 +799,10 @@ async fn what_is_not_to_be_rolled_back_is_left_with_the_commands_that_do_it() {
     let by_hand = format!("kubectl -n {namespace} rollout undo deployment/hello");
     let whole = format!("landfall undo hello --to {}", good["release_id"]);
     assert!(hint.contains(&by_hand) && hint.contains(&whole), "{hint}");
+    let kept = landfall
+        .get(&format!("/api/builds/{}/evidence", build["id"]))
+        .await;
+    assert!(kept.to_string().contains("DATABASE_URL"), "{kept:#}");
 
     kubectl(&["-n", &namespace, "rollout", "undo", "deployment/hello"]);
     kubectl(&[
@@ -823,6 +903,31 @@ async fn what_failed_before_a_release_is_not_held_against_it_while_it_stays_the_
         assert_eq!(code, Some(0), "{way}: {said}");
     }
     assert_eq!(landfall.served("/index.html").trim(), "Hello again");
+
+    // Nor where the agent is killed half-way: what was seen before is kept.
+    landfall.kill();
+    landfall.run_doomed(&[("LANDFALL_FAIL_POINT", "cluster: applied:2")]);
+    landfall.is_ready().await;
+    let (code, said) = landfall.run_command(&["undo", "hello"]);
+    assert!(
+        landfall.dies_within(Duration::from_secs(20)).await,
+        "{code:?} {said}"
+    );
+    assert_eq!(landfall.fail_point(), "cluster: applied");
+    landfall.run().await;
+    let builds = landfall.get("/api/builds").await;
+    let undo = landfall
+        .end(builds["builds"][0]["id"].as_i64().unwrap())
+        .await;
+    let log = landfall.log(undo["id"].as_i64().unwrap()).await;
+    assert_eq!(
+        (&undo["kind"], &undo["attempt"]),
+        (&json!("undo"), &json!(2)),
+        "{undo:#}"
+    );
+    assert_eq!(ended(&undo), ("passed", "live"), "{undo:#}\n{log}");
+    let (code, said) = landfall.run_command(&["redo", "hello"]);
+    assert_eq!(code, Some(0), "{said}");
 
     // What the release itself changes is its own.
     let good = ("start.sh", "exec httpd -f -p 5000 -h /www");

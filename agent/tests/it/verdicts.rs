@@ -1,14 +1,20 @@
 //! Every way in which a rollout ends, on the real cluster: the good are never failed, the dead are called dead soon and by
 //! the right cause. Each is a test by its name; `make soak` runs all of them again and again.
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
+use axum::routing::post;
+use axum::{Json, Router};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use landfall::builds::Cause;
 use landfall::stages::StageError;
 use serde_json::{Value, json};
 
 use crate::stand::{SERVE, Stand, cause, deployment, ready_when_it_answers, serving};
 use crate::support::{busybox, kubectl, kubectl_apply, kubectl_command, registry};
+use crate::tls::{Certificate, Tls};
 
 pub type Objects = fn(&str) -> Vec<Value>;
 
@@ -55,6 +61,10 @@ scenarios! {
         |ns| web(ns, "true", |c| c["image"] = json!("registry.invalid/nosuch:1")), Failed("registry_unknown", "the registry registry.invalid", 15);
     a_registry_that_refuses_the_connection_has_a_minute
         |ns| web(ns, "true", |c| c["image"] = json!("127.0.0.1:9/nosuch:1")), Patiently("registry_unreachable", "connection refused", 60, 80);
+    a_registry_that_never_answers_is_named_when_time_is_up
+        silent_registry, OutOfTime("image_pull_slow", "still pulling the image 127.0.0.1:5996/nosuch:1", 15);
+    an_image_whose_name_is_none_is_named
+        |ns| web(ns, "true", |c| c["image"] = json!(format!("{}/No Such Name", registry()))), Failed("image_not_found", "/No Such Name of container app of pod web-", 10);
     a_registry_that_wants_a_password_is_named
         private_registry, Failed("image_pull_denied", "may not pull its image 127.0.0.1:5999/private/app:1", 50);
     a_program_for_another_cpu_is_named
@@ -66,6 +76,10 @@ scenarios! {
     a_program_that_exits_at_start_is_named_with_its_last_words
         |ns| vec![deployment(ns, 3, "echo starting; echo 'fatal: DATABASE_URL is not set (hunter2-secret)' >&2; exit 1")],
         Failed("crash_loop", "exited with code 1 twice: fatal: DATABASE_URL is not set (***)", 12);
+    a_program_that_a_signal_ends_is_named
+        |ns| web(ns, "echo 'bad pointer'; sh -c 'kill -SEGV $$$$'; exit $?", |_| {}), Failed("crash_loop", "was ended by signal 11 (exit code 139) twice: ", 12);
+    a_hook_after_the_start_that_fails_is_named
+        |ns| web(ns, SERVE, |c| c["lifecycle"] = json!({"postStart": {"exec": {"command": ["sh", "-c", "exit 7"]}}})), Failed("hook_failed", "was ended twice because its postStart hook failed", 20);
     a_program_that_is_not_in_the_image_is_named
         |ns| web(ns, "", |c| c["command"] = json!(["/nosuchbinary"])), Failed("cannot_start", "/nosuchbinary: no such file", 20);
     a_program_killed_for_memory_is_dead_though_it_was_available
@@ -106,9 +120,12 @@ scenarios! {
         |ns| [vec![config_map(ns)], with_env_from(ns, &json!({"configMapKeyRef": {"name": "conf", "key": "missing"}}))].concat(),
         Failed("config_key_missing", "couldn't find key missing", 10);
     a_missing_secret_is_named
-        |ns| with_env_from(ns, &json!({"secretKeyRef": {"name": "nosuchsecret", "key": "a"}})), Failed("secret_missing", "secret \"nosuchsecret\" not found", 10);
+        |ns| with_env_from(ns, &json!({"secretKeyRef": {"name": "nosuchsecret", "key": "a"}})), Patiently("secret_missing", "secret \"nosuchsecret\" not found", 20, 30);
+    a_missing_key_of_a_secret_is_named
+        |ns| [vec![secret(ns)], with_env_from(ns, &json!({"secretKeyRef": {"name": "login", "key": "missing"}}))].concat(),
+        Failed("config_key_missing", "couldn't find key missing in Secret", 10);
     a_missing_secret_to_mount_is_named
-        |ns| with_volume(ns, &json!({"secret": {"secretName": "nosuchsecret"}})), Failed("secret_missing", "secret \"nosuchsecret\" not found", 10);
+        |ns| with_volume(ns, &json!({"secret": {"secretName": "nosuchsecret"}})), Patiently("secret_missing", "secret \"nosuchsecret\" not found", 35, 50);
     a_volume_that_cannot_be_mounted_is_named
         |ns| with_volume(ns, &json!({"hostPath": {"path": "/nosuchfolder", "type": "Directory"}})), OutOfTime("mount_failed", "/nosuchfolder", 20);
     a_claim_that_no_volume_fits_is_named
@@ -341,6 +358,13 @@ fn on_the_node(ns: &str, name: &str, shell: &str) -> Value {
         "containers": [{"name": "app", "image": busybox(), "command": ["sh", "-c", shell]}]}})
 }
 
+/// It takes every connection and says nothing.
+fn silent_registry(ns: &str) -> Vec<Value> {
+    let registry = on_the_node(ns, "registry", "exec nc -ll -p 5996 -e sleep 600");
+    let image = json!("127.0.0.1:5996/nosuch:1");
+    [vec![registry], web(ns, "true", |c| c["image"] = image)].concat()
+}
+
 /// It answers 401 to everything.
 fn private_registry(ns: &str) -> Vec<Value> {
     let registry = on_the_node(
@@ -434,6 +458,10 @@ fn config_map(ns: &str) -> Value {
     json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "conf", "namespace": ns}, "data": {}})
 }
 
+fn secret(ns: &str) -> Value {
+    json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "login", "namespace": ns}, "stringData": {"user": "hello"}})
+}
+
 pub fn claim(ns: &str) -> Value {
     json!({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "data", "namespace": ns},
         "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}})
@@ -488,9 +516,13 @@ fn policy_against_pods(ns: &str) -> Vec<Value> {
 }
 
 fn webhook_that_is_away(ns: &str) -> Value {
+    webhook(ns, "away", &json!({"url": "https://127.0.0.1:9/"}))
+}
+
+fn webhook(ns: &str, name: &str, client: &Value) -> Value {
     let webhook = json!({"apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingWebhookConfiguration", "metadata": {"name": ns},
-        "webhooks": [{"name": "away.landfall.test", "admissionReviewVersions": ["v1"], "sideEffects": "None", "failurePolicy": "Fail", "timeoutSeconds": 2,
-            "namespaceSelector": own_namespace(ns), "rules": [about_pods()], "clientConfig": {"url": "https://127.0.0.1:9/"}}]});
+        "webhooks": [{"name": format!("{name}.landfall.test"), "admissionReviewVersions": ["v1"], "sideEffects": "None", "failurePolicy": "Fail", "timeoutSeconds": 2,
+            "namespaceSelector": own_namespace(ns), "rules": [about_pods()], "clientConfig": client}]});
     in_force(ns, vec![webhook]).remove(0)
 }
 
@@ -517,6 +549,57 @@ fn may_make_a_pod(ns: &str) -> bool {
         .unwrap()
         .status
         .success()
+}
+
+/// It says no to every pod, from outside the cluster.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_admission_webhook_that_denies_the_pods_is_named() {
+    let denies = async |Json(review): Json<Value>| {
+        let uid = &review["request"]["uid"];
+        let response =
+            json!({"uid": uid, "allowed": false, "status": {"message": "no pods of team blue"}});
+        Json(
+            json!({"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "response": response}),
+        )
+    };
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let server = listener.local_addr().unwrap().to_string();
+    let app = Router::new().route("/", post(denies));
+    tokio::spawn(async move { axum::serve(listener, app).await });
+    let folder = tempfile::tempdir().unwrap();
+    let machine = address_of_the_machine();
+    let certificate = Certificate::make(folder.path(), &[&machine]);
+    let tls = Tls::at(&machine, &server, &certificate);
+    let authority = STANDARD.encode(std::fs::read(&certificate.file).unwrap());
+    let client = json!({"url": format!("https://{machine}:{}/", tls.port), "caBundle": authority});
+
+    let stand = Stand::new("denied", |ns| {
+        [vec![webhook(ns, "blue", &client)], web(ns, SERVE, |_| {})].concat()
+    });
+    let cause = cause(stand.verify().await);
+    assert_eq!(cause.id, "admission_denied", "{cause:?}");
+    assert!(cause.sentence.contains("no pods of team blue"), "{cause:?}");
+}
+
+/// Where the tests' cluster sees the machine that it runs on.
+fn address_of_the_machine() -> String {
+    let gateway = "{{range .IPAM.Config}}{{.Gateway}}{{end}}";
+    let arguments = ["network", "inspect", "-f", gateway, "landfall-test"];
+    let output = Command::new("docker").args(arguments).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_secret_that_an_operator_makes_seconds_later_is_no_failure() {
+    let missing = json!({"secretKeyRef": {"name": "login", "key": "user"}});
+    let stand = Stand::new("operator", |ns| with_env_from(ns, &missing));
+    let making = stand.at("0 of 1 new pods ready", |ns| {
+        std::thread::sleep(Duration::from_secs(5));
+        kubectl_apply(ns, &secret(ns).to_string());
+    });
+    stand.verify().await.unwrap();
+    making.await.unwrap();
 }
 
 #[tokio::test]

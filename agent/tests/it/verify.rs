@@ -347,6 +347,35 @@ async fn a_program_that_dies_after_the_smoke_test_fails_in_the_soak() {
 }
 
 #[tokio::test]
+async fn a_pod_that_loses_its_readiness_fails_the_soak() {
+    let mut stand = Stand::new("unready", serving);
+    stand.verify().await.unwrap();
+    let breaking = stand.at("Soak: watching for 40 s", |namespace| {
+        let remove = ["rm", "/tmp/www/index.html"];
+        kubectl(
+            &[
+                &["-n", namespace, "exec", "deployment/web", "--"],
+                &remove[..],
+            ]
+            .concat(),
+        );
+    });
+    let soaked = stand
+        .smoke_test(json!([{"get": "/", "service": "web"}]), 40)
+        .await;
+    breaking.await.unwrap();
+    let cause = cause(soaked);
+    assert_eq!(cause.id, "crash_in_soak", "{cause:?}");
+    assert!(
+        cause
+            .sentence
+            .contains("lost its readiness after the smoke test")
+            && cause.sentence.contains("404"),
+        "{cause:?}"
+    );
+}
+
+#[tokio::test]
 async fn a_cancel_cuts_the_soak_short_and_the_release_stays_live() {
     let mut stand = Stand::new("cut", serving);
     stand.verify().await.unwrap();
@@ -408,17 +437,29 @@ async fn what_another_deletes_or_changes_in_the_soak_is_said() {
 #[tokio::test]
 async fn pods_that_a_partition_holds_back_fail_no_smoke_test() {
     let mut stand = Stand::new("partition", |ns| {
-        vec![service(ns, "web"), stateful(ns, 3, 2, SERVE)]
+        let before = SERVE.replace(support::COMMIT, "another");
+        vec![service(ns, "web"), stateful(ns, 3, 2, &before)]
     });
     stand.verify().await.unwrap();
     let template = &mut stand.release.objects[1]["spec"]["template"];
     template["metadata"]["annotations"]["landfall.dev/release"] = json!("bbbb");
+    template["spec"]["containers"][0]["command"][2] = json!(SERVE);
     stand.verify().await.unwrap();
-    let tests = json!([{"get": "/", "service": "web", "timeout_seconds": 10}]);
+    let commit = json!({"json": {"commit": "$commit"}});
+    let tests = json!([
+        {"get": "/", "service": "web", "timeout_seconds": 10},
+        {"get": "/index.html", "service": "web", "timeout_seconds": 10, "expect": commit},
+    ]);
     stand.smoke_test(tests, 0).await.unwrap();
     let log = stand.log().await;
+    for path in ["/", "/index.html"] {
+        let of_new = format!("GET {path} of pod db-2: 200");
+        let of_old = format!("GET {path} of pod db-1");
+        assert!(log.contains(&of_new) && !log.contains(&of_old), "{log}");
+    }
+    assert!(log.contains("GET / of service/web: 200"), "{log}");
     assert!(
-        log.contains("GET / of pod db-2: 200") && !log.contains("GET / of pod db-1"),
+        log.contains("GET /index.html of service/web: not asked for its commit"),
         "{log}"
     );
 }
