@@ -2,9 +2,11 @@
 
 use std::time::Duration;
 
+use k8s_openapi::api::core::v1::Event;
+
 use super::probes::probe_words;
 use super::sign::{PASSING, PERMANENT, Patience, Sign, of_missing};
-use super::snapshot::{Running, Snapshot, name, uid};
+use super::snapshot::{Death, Running, Snapshot, name, uid};
 use super::words::{is_about, last_line, last_seen, message, shortened};
 use crate::builds::Cause;
 
@@ -34,11 +36,7 @@ pub(super) fn died(container: &Running<'_>, snapshot: &Snapshot, deaths: i32) ->
     let liveness = snapshot.events_of(uid(container.pod)).any(|event| {
         is_about(event, &container.status.name) && message(event).contains("failed liveness probe")
     });
-    let cause = if let Some(hook) = failed_hook(container, snapshot) {
-        let sentence = format!("{who} was ended {often} because its postStart hook failed{hook}");
-        Cause::new("hook_failed", sentence)
-            .hint("run the command of `lifecycle: postStart` by hand in the image: what it writes is in no log")
-    } else if death.reason == "OOMKilled" {
+    let cause = if death.reason == "OOMKilled" {
         Cause::new(
             "oom_killed",
             format!(
@@ -61,6 +59,10 @@ pub(super) fn died(container: &Running<'_>, snapshot: &Snapshot, deaths: i32) ->
             ),
         )
         .hint("let the probe's path answer, or give the program more time with a startupProbe")
+    } else if let Some(hook) = failed_hook(container, snapshot, death) {
+        let sentence = format!("{who} was ended {often} because its postStart hook failed{hook}");
+        Cause::new("hook_failed", sentence)
+            .hint("run the command of `lifecycle: postStart` by hand in the image: what it writes is in no log")
     } else {
         let last = last_line(words)
             .map(|line| format!(": {line}"))
@@ -89,12 +91,18 @@ pub(super) fn died(container: &Running<'_>, snapshot: &Snapshot, deaths: i32) ->
     Some(Sign::new(&of(container), patience, cause))
 }
 
-/// What the kubelet says of a `postStart` hook that failed, which ends the container by force. It may say no more than that.
-fn failed_hook(container: &Running<'_>, snapshot: &Snapshot) -> Option<String> {
-    let told = snapshot.events_of(uid(container.pod)).find(|event| {
-        event.reason.as_deref() == Some("FailedPostStartHook")
-            && is_about(event, &container.status.name)
-    })?;
+/// What the kubelet says of a `postStart` hook that failed, for which it ended the container. It may say no more than that. In a
+/// program that has ended by itself the hook fails too.
+fn failed_hook(container: &Running<'_>, snapshot: &Snapshot, death: Death<'_>) -> Option<String> {
+    let was_ended = matches!(death.exit_code, 0 | 129..);
+    let told = snapshot
+        .events_of(uid(container.pod))
+        .filter(|event| is_about(event, &container.status.name))
+        .find(|event| {
+            event.reason.as_deref() == Some("FailedPostStartHook")
+                && last_seen(event) >= death.began
+        })
+        .filter(|_| was_ended)?;
     let says = message(told);
     Some(match says == "PostStartHook failed" {
         true => String::new(),
@@ -163,18 +171,22 @@ pub(super) fn waits(container: &Running<'_>) -> Option<Sign> {
 
 /// A pull that has neither come to an end nor failed: a large image, or a registry that takes connections and says nothing.
 pub(super) fn pulls(container: &Running<'_>, snapshot: &Snapshot) -> Option<Sign> {
-    let (_, "") = container
+    container
         .waiting()
-        .filter(|(reason, _)| *reason == "ContainerCreating")?
-    else {
-        return None;
-    };
+        .filter(|(reason, _)| matches!(*reason, "ContainerCreating" | "PodInitializing"))?;
+    let is_pulling = |event: &Event| event.reason.as_deref() == Some("Pulling");
+    // Times of events are whole seconds: of two in one second the end of a pull is the later.
     let newest = snapshot
         .events_of(uid(container.pod))
-        .filter(|event| is_about(event, &container.status.name))
-        .max_by_key(|event| last_seen(event))?;
-    let image = &container.spec?.image.as_deref()?;
-    (newest.reason.as_deref() == Some("Pulling")).then(|| {
+        .filter(|event| {
+            let reason = event.reason.as_deref().unwrap_or_default();
+            matches!(reason, "Pulling" | "Pulled" | "Failed" | "BackOff")
+                && event.involved_object.field_path.is_some()
+                && is_about(event, &container.status.name)
+        })
+        .max_by_key(|event| (last_seen(event), !is_pulling(event)))?;
+    let image = container.spec?.image.as_deref()?;
+    is_pulling(newest).then(|| {
         let who = container.display_name();
         let sentence = format!("the node is still pulling the image {image} of {who}");
         let cause = Cause::new("image_pull_slow", sentence).hint(
@@ -187,11 +199,19 @@ pub(super) fn pulls(container: &Running<'_>, snapshot: &Snapshot) -> Option<Sign
 /// What a container waits for: `secret "x" not found`, `couldn't find key k in ConfigMap ns/x`.
 pub(super) fn missing_config(message: &str) -> &'static str {
     let lower = message.to_lowercase();
-    if lower.contains("find key") || lower.contains("non-existent config key") {
+    let has = |words: &[&str]| words.iter().any(|word| lower.contains(word));
+    if has(&[
+        "find key",
+        "non-existent config key",
+        "non-existent secret key",
+    ]) {
         "config_key_missing"
-    } else if lower.contains("secret") {
+    } else if has(&["configmap \""]) {
+        // Its own name, or the volume's, may hold the word.
+        "config_map_missing"
+    } else if has(&["secret"]) {
         "secret_missing"
-    } else if lower.contains("configmap") {
+    } else if has(&["configmap"]) {
         "config_map_missing"
     } else {
         "config_invalid"

@@ -264,7 +264,12 @@ pub fn at_deadline(
 fn is_death(sign: &Sign) -> bool {
     matches!(
         sign.cause.id.as_str(),
-        "crash_loop" | "init_failed" | "oom_killed" | "cannot_start" | "wrong_architecture"
+        "crash_loop"
+            | "hook_failed"
+            | "init_failed"
+            | "oom_killed"
+            | "cannot_start"
+            | "wrong_architecture"
     ) || (sign.cause.id == "liveness_failed" && sign.patience == Patience::None)
 }
 
@@ -656,8 +661,13 @@ fn stateful_set_counted(snapshot: &Snapshot) -> Result<(), String> {
         .and_then(|rolling| rolling.partition)
         .unwrap_or_default();
     let to_update = (wanted - partition).max(0);
-    let same_revision =
-        partition > 0 || wanted == 0 || status.update_revision == status.current_revision;
+    let strategy = spec.update_strategy.as_ref();
+    let is_by_hand = strategy.is_some_and(|it| it.type_.as_deref() == Some("OnDelete"));
+    // Where people roll it by deleting pods, the controller leaves the current revision as it was.
+    let same_revision = partition > 0
+        || wanted == 0
+        || is_by_hand
+        || status.update_revision == status.current_revision;
     if ready >= wanted && updated >= to_update && same_revision {
         return Ok(());
     }

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::super::snapshot::Kind;
-use super::super::{pod_signs, probes, sign, workload_signs};
+use super::super::{container_signs, pod_signs, probes, sign, workload_signs};
 use super::*;
 
 fn documents(name: &str) -> Vec<Value> {
@@ -761,6 +761,10 @@ fn stateful_and_daemon_sets_are_judged_by_the_rules_of_kubectl() {
         ),
         Verdict::Complete
     );
+    assert_eq!(
+        judged(status(3, 3, "old"), json!({"type": "OnDelete"})),
+        Verdict::Complete
+    );
     // Where no pod is old, nobody has to be deleted.
     assert!(matches!(
         judged(status(0, 2, "old"), json!({"type": "OnDelete"})),
@@ -837,6 +841,101 @@ fn pod_of_set(made: &str, more: &Value) -> Value {
 
 fn event(reason: &str, of: &str, at: &str, told: &str) -> Value {
     json!({"metadata": {"name": "e"}, "involvedObject": {"uid": of}, "reason": reason, "lastTimestamp": at, "message": told})
+}
+
+/// Texts of the kubelet's.
+#[test]
+fn what_is_missing_is_told_by_its_own_words() {
+    for (told, id) in [
+        ("secret \"login\" not found", "secret_missing"),
+        (
+            "configmap \"secret-settings\" not found",
+            "config_map_missing",
+        ),
+        (
+            "MountVolume.SetUp failed for volume \"app-secrets\" : configmap \"x\" not found",
+            "config_map_missing",
+        ),
+        (
+            "MountVolume.SetUp failed for volume \"v\" : secret \"x\" not found",
+            "secret_missing",
+        ),
+        (
+            "MountVolume.SetUp failed for volume \"v\" : references non-existent secret key: k",
+            "config_key_missing",
+        ),
+        (
+            "MountVolume.SetUp failed for volume \"v\" : references non-existent config key: k",
+            "config_key_missing",
+        ),
+        ("couldn't find key k in Secret ns/x", "config_key_missing"),
+    ] {
+        assert_eq!(container_signs::missing_config(told), id, "{told}");
+    }
+}
+
+#[test]
+fn a_program_that_ends_by_itself_is_not_blamed_on_its_hook() {
+    let hook = event(
+        "FailedPostStartHook",
+        "pod",
+        "2026-01-01T00:00:15Z",
+        "PostStartHook failed",
+    );
+    let ended =
+        |code: i32, began: &str| json!({"exitCode": code, "reason": "Error", "startedAt": began});
+    for (code, began, id) in [
+        (137, "2026-01-01T00:00:14Z", "hook_failed"),
+        (0, "2026-01-01T00:00:14Z", "hook_failed"),
+        (1, "2026-01-01T00:00:14Z", "crash_loop"),
+        // It began after the hook of the one before it.
+        (137, "2026-01-01T00:00:16Z", "crash_loop"),
+    ] {
+        let status = json!({"containerStatuses": [{"name": "main", "ready": false, "restartCount": 1, "image": "", "imageID": "",
+            "state": {"waiting": {"reason": "CrashLoopBackOff"}}, "lastState": {"terminated": ended(code, began)}}]});
+        let pod = pod_of_set("2026-01-01T00:00:12Z", &status);
+        let snapshot = stateful(&[pod], std::slice::from_ref(&hook));
+        let containers = super::super::snapshot::Running::all(&snapshot.pods[0]);
+        let main = containers
+            .iter()
+            .find(|it| it.status.name == "main")
+            .unwrap();
+        let sign = container_signs::died(main, &snapshot, 2).unwrap();
+        assert_eq!(sign.cause.id, id, "{code} {began}: {:?}", sign.cause);
+    }
+}
+
+#[test]
+fn a_pull_is_under_way_until_something_is_said_of_its_end() {
+    let of = |reason: &str, at: &str, container: &str| {
+        let mut event = event(reason, "pod", at, "told");
+        if !container.is_empty() {
+            event["involvedObject"]["fieldPath"] = json!(format!("spec.containers{{{container}}}"));
+        }
+        event
+    };
+    let scheduled = of("Scheduled", "2026-01-01T00:00:15Z", "");
+    let pulling = of("Pulling", "2026-01-01T00:00:15Z", "main");
+    let others = of("Pulled", "2026-01-01T00:00:16Z", "sidecar");
+    let pulled = of("Pulled", "2026-01-01T00:00:15Z", "main");
+    for (events, is_pulling) in [
+        (vec![pulling.clone(), scheduled.clone(), others], true),
+        (vec![pulled, pulling, scheduled.clone()], false),
+        (vec![scheduled], false),
+    ] {
+        let status = json!({"containerStatuses": [{"name": "main", "ready": false, "restartCount": 0, "image": "", "imageID": "",
+            "state": {"waiting": {"reason": "ContainerCreating"}}}]});
+        let mut pod = pod_of_set("2026-01-01T00:00:12Z", &status);
+        pod["spec"]["containers"][0]["image"] = json!("registry/app:1");
+        let snapshot = stateful(&[pod], &events);
+        let containers = super::super::snapshot::Running::all(&snapshot.pods[0]);
+        let main = containers
+            .iter()
+            .find(|it| it.status.name == "main")
+            .unwrap();
+        let sign = container_signs::pulls(main, &snapshot);
+        assert_eq!(sign.is_some(), is_pulling, "{events:?}");
+    }
 }
 
 #[test]

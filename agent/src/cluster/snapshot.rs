@@ -527,6 +527,8 @@ pub struct Death<'a> {
     pub exit_code: i32,
     pub reason: &'a str,
     pub message: &'a str,
+    /// When the container that died had begun to run.
+    pub began: Option<Timestamp>,
     /// The dead one is not the current one: its log is the `previous` one.
     pub is_previous: bool,
 }
@@ -608,6 +610,7 @@ impl<'a> Running<'a> {
                 exit_code: dead.exit_code,
                 reason: dead.reason.as_deref().unwrap_or_default(),
                 message: dead.message.as_deref().unwrap_or_default(),
+                began: dead.started_at.as_ref().map(|time| time.0),
                 is_previous,
             })
         })

@@ -200,6 +200,15 @@ pub fn backends(objects: &[Value]) -> (Vec<Backend>, Vec<Cause>) {
     (outside, causes)
 }
 
+/// A Service that a smoke test asks, and that this very release takes away.
+pub fn asked_and_removed(service: &str) -> Cause {
+    let sentence =
+        format!("the smoke test asks service/{service}, which the manifests hold no more");
+    Cause::new("smoke_no_endpoint", sentence)
+        .object(format!("service/{service}"))
+        .hint("put the Service back into the manifests, or let the smoke test ask another")
+}
+
 /// A backend that this very release takes away.
 pub fn backend_removed(backend: &Backend) -> Cause {
     let Backend { ingress, service } = backend;

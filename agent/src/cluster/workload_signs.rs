@@ -188,6 +188,15 @@ pub(super) fn paused(target: &Target, snapshot: &Snapshot) -> Option<Sign> {
 
 /// Such a workload rolls out when somebody deletes its pods: nobody will.
 pub(super) fn on_delete(target: &Target, snapshot: &Snapshot) -> Option<Sign> {
+    let observed = match &snapshot.workload {
+        Workload::StatefulSet(it) => it.status.as_ref()?.observed_generation,
+        Workload::DaemonSet(it) => it.status.as_ref()?.observed_generation,
+        _ => None,
+    };
+    // What the status says may be of the template before.
+    if observed < snapshot.workload.metadata().generation {
+        return None;
+    }
     let (strategy, has_old_pods) = match &snapshot.workload {
         Workload::StatefulSet(it) => (
             it.spec.as_ref()?.update_strategy.as_ref()?.type_.as_deref(),

@@ -381,10 +381,20 @@ fn stamp_template(object: &mut Value, configs: &Configs) -> Result<(), Cause> {
     Ok(())
 }
 
-/// What the pods of these objects cannot start without: kind and name of ConfigMaps, Secrets and ServiceAccounts.
-pub fn needed_by_pods(objects: &[Value]) -> BTreeSet<(&'static str, String)> {
+/// What these objects name and cannot do without, by kind and name: ConfigMaps, Secrets and ServiceAccounts of their pods, the
+/// Service of a StatefulSet, the certificates of an Ingress.
+pub fn needed(objects: &[Value]) -> BTreeSet<(&'static str, String)> {
     let mut needed = BTreeSet::new();
     for object in objects {
+        if kind(object) == "StatefulSet" {
+            needed.insert(("Service", text(object, "/spec/serviceName").to_owned()));
+        }
+        let certificates = object
+            .pointer("/spec/tls")
+            .filter(|_| kind(object) == "Ingress");
+        for tls in certificates.and_then(Value::as_array).into_iter().flatten() {
+            needed.insert(("Secret", text(tls, "/secretName").to_owned()));
+        }
         let Some(template) = template(object) else {
             continue;
         };

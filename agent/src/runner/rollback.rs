@@ -185,17 +185,12 @@ impl Line<'_> {
             }) => {
                 store.set_restored(self.build, id).await?;
                 store.set_unsettled(self.build, false).await?;
-                // The pod that a hint would lead to is gone by now.
-                let hint = cause
-                    .hint
-                    .clone()
-                    .filter(|hint| !hint.contains("kubectl logs"));
                 let lost = self
                     .availability()
                     .map_or(String::new(), |availability| format!(", {availability}"));
                 let back = back_hint(id, &lost, &refused);
-                let cause = Cause { hint, ..cause };
-                Ok(ended(Outcome::RolledBack, with_hint(cause, Some(back))))
+                let cause = with_hint(without_gone_pods(cause), Some(back));
+                Ok(ended(Outcome::RolledBack, cause))
             }
             Ok(PutBack {
                 release_id: None, ..
@@ -490,6 +485,10 @@ impl Line<'_> {
                 (Outcome::Unknown, lost.to_owned())
             }
         };
+        let cause = match outcome {
+            Outcome::RolledBack => without_gone_pods(cause),
+            _ => cause,
+        };
         let cause = with_hint(cause, Some(hint));
         let status = match outcome {
             Outcome::Unknown => Status::Errored,
@@ -503,6 +502,12 @@ impl Line<'_> {
             cause: Some(cause),
         })))
     }
+}
+
+/// The pod that a hint would lead to is gone once something else is back.
+fn without_gone_pods(cause: Cause) -> Cause {
+    let hint = cause.hint.filter(|hint| !hint.contains("kubectl logs"));
+    Cause { hint, ..cause }
 }
 
 const REMOVED_HINT: &str = "nothing was there before: what it had made is removed";

@@ -124,10 +124,11 @@ pub async fn review(
     places: &Places,
     created: &[AppliedObject],
 ) -> StageResult<Vec<Value>> {
-    let objects = &release.objects;
-    scope.log.also_mask(&manifests::secret_values(objects));
-    let prune = prune(scope, objects, created);
-    let work = dry_run(scope, cluster, objects, places, &prune);
+    scope
+        .log
+        .also_mask(&manifests::secret_values(&release.objects));
+    let prune = prune(scope, &release.objects, created);
+    let work = dry_run(scope, cluster, release, places, &prune);
     let (plan, live) = limited(scope, "the plan", LIMIT, work).await?;
     release.plan = plan;
     let removed = prune.iter().map(|object| Planned {
@@ -260,10 +261,11 @@ fn repositories(pipeline: &Pipeline, built: &Built) -> Vec<String> {
 async fn dry_run(
     scope: &Scope<'_>,
     cluster: &Cluster,
-    objects: &[Value],
+    release: &Release,
     places: &Places,
     prune: &[AppliedObject],
 ) -> StageResult<(Vec<Planned>, Vec<Value>)> {
+    let objects = &release.objects;
     if !namespace_is_there(scope, cluster).await? {
         let namespace = &cluster.namespace;
         scope.log.line(format!(
@@ -310,7 +312,7 @@ async fn dry_run(
             Err(Trouble::Agent(error)) => return Err(StageError::Agent(error)),
         }
     }
-    for cause in leads_nowhere(scope, cluster, objects, replaced, prune).await? {
+    for cause in leads_nowhere(scope, cluster, release, replaced, prune).await? {
         refuse(cause);
     }
     let more = refused.len().saturating_sub(1);
@@ -420,10 +422,15 @@ fn log_plan(scope: &Scope<'_>, planned: &Planned) {
 async fn leads_nowhere(
     scope: &Scope<'_>,
     cluster: &Cluster,
-    objects: &[Value],
+    release: &Release,
     mut replaced: Vec<Replaced>,
     prune: &[AppliedObject],
 ) -> StageResult<Vec<Cause>> {
+    let objects = &release.objects;
+    let goes = |service: &str| {
+        let mut prune = prune.iter();
+        prune.any(|object| object.kind == "Service" && object.name == service)
+    };
     let mut causes = wiring::unknown_ports(objects);
     let (pods, services) = (cluster.api::<Pod>(), cluster.api::<Service>());
     let unmatched = wiring::unmatched_services(objects);
@@ -446,12 +453,16 @@ async fn leads_nowhere(
             causes.push(wiring::selects_nothing(&unmatched));
         }
     }
+    let asked = release
+        .smoke_tests
+        .iter()
+        .filter_map(|test| test.service.as_deref());
+    let asked: BTreeSet<&str> = asked.filter(|service| goes(service)).collect();
+    causes.extend(asked.into_iter().map(wiring::asked_and_removed));
     let (outside, missing) = wiring::backends(objects);
     causes.extend(missing);
     for backend in outside {
-        let is_it =
-            |object: &&AppliedObject| object.kind == "Service" && object.name == backend.service;
-        if prune.iter().any(|object| is_it(&object)) {
+        if goes(&backend.service) {
             causes.push(wiring::backend_removed(&backend));
             continue;
         }

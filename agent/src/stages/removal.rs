@@ -33,7 +33,7 @@ const TAKEN_UP_LIMIT: Duration = Duration::from_secs(10);
 const JOB_ENDS_WITHIN: Duration = Duration::from_secs(35);
 const POLL: Duration = Duration::from_millis(200);
 
-/// What earlier releases created and this set does not hold; but what its pods still name stays, and is said.
+/// What earlier releases created and this set does not hold; but what it names all the same stays, and that is said.
 pub fn prunable(
     scope: &Scope<'_>,
     created: &[AppliedObject],
@@ -43,13 +43,13 @@ pub fn prunable(
     for object in needed {
         let name = object.display_name();
         scope.log.line(format!(
-            "{name} stays: the manifests hold it no more, and a pod of theirs names it still"
+            "{name} stays: the manifests hold it no more, and name it still"
         ));
     }
     prunable
 }
 
-/// What is in none of these objects: what their pods name all the same, and the rest.
+/// What is none of these objects: what they name all the same, and the rest.
 fn surplus(
     created: &[AppliedObject],
     objects: &[Value],
@@ -62,7 +62,7 @@ fn surplus(
             surplus.push(object.clone());
         }
     }
-    let needed = render::needed_by_pods(objects);
+    let needed = render::needed(objects);
     let is_needed = |object: &AppliedObject| {
         let mut needed = needed.iter();
         needed.any(|(kind, name)| *kind == object.kind && *name == object.name)
@@ -286,16 +286,23 @@ mod tests {
             object("ConfigMap", "named", Change::Created),
             object("ServiceAccount", "runner", Change::Created),
             object("Secret", "pull", Change::Created),
+            object("Secret", "certificate", Change::Created),
+            object("Service", "database", Change::Created),
         ];
         let pod = json!({"serviceAccountName": "runner", "imagePullSecrets": [{"name": "pull"}],
             "containers": [{"envFrom": [{"configMapRef": {"name": "named"}}]}]});
         let set = [
             json!({"apiVersion": "apps/v1beta1", "kind": "Deployment", "metadata": {"name": "web"},
                 "spec": {"template": {"spec": pod}}}),
+            json!({"apiVersion": "apps/v1", "kind": "StatefulSet", "metadata": {"name": "database"}, "spec": {"serviceName": "database"}}),
+            json!({"apiVersion": "networking.k8s.io/v1", "kind": "Ingress", "metadata": {"name": "web"}, "spec": {"tls": [{"secretName": "certificate"}]}}),
         ];
         let (needed, prunable) = surplus(&created, &set);
         assert_eq!(names(&prunable), ["old"]);
-        assert_eq!(names(&needed), ["named", "runner", "pull"]);
+        assert_eq!(
+            names(&needed),
+            ["named", "runner", "pull", "certificate", "database"]
+        );
     }
 
     #[test]

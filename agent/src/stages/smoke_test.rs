@@ -394,7 +394,9 @@ impl Tester<'_> {
             );
             let is_it = |object: &&serde_json::Value| display_name(object) == target.display_name();
             let own = self.release.objects.iter().find(is_it);
-            pods.are_wanted |= snapshot.wants_pods() && wiring::selects_a_template(own, selector);
+            pods.are_wanted |= !selector.is_empty()
+                && snapshot.wants_pods()
+                && wiring::selects_a_template(own, selector);
             for pod in snapshot.old_pods().0 {
                 if snapshot.is_held_back(pod) {
                     pods.held_back.push(pod.clone());

@@ -11,6 +11,19 @@ use crate::builds::{Build, BuildKind, Millis, now};
 use crate::fail_point;
 use crate::release::{AppliedObject, Change, Evidence, Release};
 
+/// Before writes of a transaction that name no build's fence themselves.
+macro_rules! ensure_ours {
+    ($tx:ident, $lock:ident, $build:expr) => {
+        let ours: Option<i64> =
+            sqlx::query_scalar($lock!("SELECT id FROM builds WHERE id = $1 AND fence = $2"))
+                .bind($build.id)
+                .bind($build.fence)
+                .fetch_optional(&mut *$tx)
+                .await?;
+        anyhow::ensure!(ours.is_some(), "build #{} is no longer ours", $build.id);
+    };
+}
+
 impl Store {
     /// Commits a release to the store before anything of it is applied, and gives it its number. The same build plans
     /// once: a resumed one gets the number that it had.
@@ -41,8 +54,9 @@ impl Store {
 
     /// Records what stands in an environment before anything of ours has served there, so that it can be put back.
     pub async fn adopt(&self, build: &Build, found: &Release) -> anyhow::Result<()> {
-        on!(&self.main, pool, BEGIN, _lock => {
+        on!(&self.main, pool, BEGIN, lock => {
             let mut tx = pool.begin_with(BEGIN).await?;
+            ensure_ours!(tx, lock, build);
             let known: Option<i64> = sqlx::query_scalar("SELECT id FROM releases WHERE environment = $1 AND state = 'adopted'")
                 .bind(&found.environment).fetch_optional(&mut *tx).await?;
             let id = match known {
@@ -148,14 +162,15 @@ impl Store {
         object: &AppliedObject,
     ) -> anyhow::Result<()> {
         let ordinal = i64::try_from(ordinal)?;
-        on!(&self.main, pool => sqlx::query(
+        let rows = on!(&self.main, pool => sqlx::query(
                 "INSERT INTO build_objects (build_id, ordinal, api_version, kind, namespace, name, uid, change) \
-                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT (build_id, ordinal) DO UPDATE SET uid = $7, change = \
+                 SELECT $1, $2, $3, $4, $5, $6, $7, $8 WHERE EXISTS (SELECT 1 FROM builds WHERE id = $1 AND fence = $9) ON CONFLICT (build_id, ordinal) DO UPDATE SET uid = $7, change = \
                  CASE WHEN build_objects.change = 'created' AND build_objects.uid = $7 THEN 'created' \
                  WHEN build_objects.change = 'changed' AND $8 = 'unchanged' THEN 'changed' ELSE $8 END")
             .bind(build.id).bind(ordinal).bind(&object.api_version).bind(&object.kind).bind(&object.namespace)
-            .bind(&object.name).bind(&object.uid).bind(object.change.as_str())
+            .bind(&object.name).bind(&object.uid).bind(object.change.as_str()).bind(build.fence)
             .execute(pool).await?.rows_affected());
+        anyhow::ensure!(rows == 1, "build #{} is no longer ours", build.id);
         fail_point::at("store: record_touched");
         Ok(())
     }
@@ -324,8 +339,9 @@ impl Store {
 
     /// Keeps what a failure showed; what an earlier attempt kept stays.
     pub async fn keep_evidence(&self, build: &Build, evidence: &[Evidence]) -> anyhow::Result<()> {
-        on!(&self.main, pool, BEGIN, _lock => {
+        on!(&self.main, pool, BEGIN, lock => {
             let mut tx = pool.begin_with(BEGIN).await?;
+            ensure_ours!(tx, lock, build);
             for (ordinal, one) in (0_i64..).zip(evidence) {
                 sqlx::query(
                     "INSERT INTO evidence (build_id, ordinal, title, body) VALUES ($1, $2, $3, $4) ON CONFLICT (build_id, ordinal) DO NOTHING",

@@ -5,8 +5,9 @@ use std::fs;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use landfall::builds::{BuildKind, Outcome, Push, Status};
+use landfall::builds::{BuildKind, Cause, Outcome, Push, Stage, StageStatus, Status};
 use landfall::config::Environment;
+use landfall::release::{AppliedObject, Change, Evidence, Release};
 use landfall::store::{Filter, Store};
 use serde_json::Value;
 
@@ -376,4 +377,127 @@ async fn a_claim_is_quick_behind_many_builds_that_ended() {
     );
     // The goal is 5 ms: make soak shows whether it holds. Here it is only not to grow with the rows.
     assert!(median < Some(0.1), "the median is {median:?}");
+}
+
+/// Every write of a build's holder, by one that another has taken it over from: STALE_WRITES, default 40.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn p5_the_store_refuses_every_write_of_a_holder_that_was_outdone() {
+    let postgres = Postgres::start().await;
+    for database in [None, Some(postgres.url())] {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path(), database.as_deref())
+            .await
+            .unwrap();
+        let environment = Environment::of_person("e0", None, None, "e0".to_owned());
+        store.ensure_environments(&[environment]).await.unwrap();
+        store.renew("1.x", false).await.unwrap();
+        store.renew("2.y", false).await.unwrap();
+        store
+            .enqueue("e0", &push("main"), BuildKind::Manual)
+            .await
+            .unwrap();
+        let outdone = store.claim("1.x", false).await.unwrap().unwrap();
+        let release: Release = serde_json::from_value(serde_json::json!({
+            "environment": "e0", "build_id": outdone.id, "commit": "a", "image": "", "namespace": "e0", "objects": [], "smoke_tests": [],
+            "verify": {"timeout_seconds": 1, "soak_seconds": 0}, "rollback": "automatic", "first_release": "leave", "set_hash": "",
+        }))
+        .unwrap();
+        store.begin_stage(&outdone, Stage::Deploy).await.unwrap();
+        let id = store.plan_release(&outdone, &release).await.unwrap();
+        let release = Release { id, ..release };
+        let holder = store.reclaim(&outdone, "2.y").await.unwrap().unwrap();
+        let stands = async || {
+            let build = store.build(outdone.id).await.unwrap().unwrap();
+            let environment = (
+                store.deployed("e0").await.unwrap(),
+                store.is_unsettled("e0").await.unwrap(),
+                store.adopted("e0").await.unwrap(),
+                store.quarantined("e0", "a").await.unwrap(),
+            );
+            let release = (
+                store.release(id).await.unwrap(),
+                store.created("e0").await.unwrap(),
+                store.touched(outdone.id).await.unwrap(),
+                store.evidence(outdone.id).await.unwrap(),
+                store.history("e0", 9).await.unwrap(),
+            );
+            format!(
+                "{build:?} {:?} {environment:?} {release:?}",
+                store.stages(outdone.id).await.unwrap()
+            )
+        };
+        let before = stands().await;
+        let object = AppliedObject {
+            api_version: "v1".to_owned(),
+            kind: "ConfigMap".to_owned(),
+            namespace: "e0".to_owned(),
+            name: "settings".to_owned(),
+            uid: "u".to_owned(),
+            generation: 1,
+            change: Change::Created,
+        };
+        let evidence = Evidence {
+            title: "t".to_owned(),
+            body: "b".to_owned(),
+        };
+        let cause = Cause::new("agent", "late");
+        let (mut writes, wanted) = (0, crate::soak::number("STALE_WRITES", 40));
+        while writes < wanted {
+            // Those that end with an error would go on with something; the others are told by what stands.
+            let errors = [
+                store.begin_stage(&outdone, Stage::Verify).await.is_err(),
+                store
+                    .keep_baton(&outdone, Stage::Deploy, "{}")
+                    .await
+                    .is_err(),
+                store
+                    .end_stage(&outdone, Stage::Deploy, StageStatus::Passed, Some("{}"))
+                    .await
+                    .is_err(),
+                store.plan_release(&outdone, &release).await.is_err(),
+                store.adopt(&outdone, &release).await.is_err(),
+                store
+                    .record_applied(&outdone, id, 0, &object)
+                    .await
+                    .is_err(),
+                store.record_touched(&outdone, 0, &object).await.is_err(),
+                store
+                    .keep_evidence(&outdone, std::slice::from_ref(&evidence))
+                    .await
+                    .is_err(),
+                store
+                    .release_is_live(&outdone, &release, &[])
+                    .await
+                    .is_err(),
+                store.set_unsettled(&outdone, true).await.is_err(),
+                !store.begin_deploying(&outdone).await.unwrap(),
+                !store
+                    .finish(&outdone, Status::Passed, Outcome::Live, None)
+                    .await
+                    .unwrap(),
+            ];
+            assert!(errors.iter().all(|refused| *refused), "{errors:?}");
+            store.describe(&outdone, "b", "late").await.unwrap();
+            store.set_image(&outdone, "late").await.unwrap();
+            store.set_cause(&outdone, &cause).await.unwrap();
+            store.set_restored(&outdone, 9).await.unwrap();
+            store
+                .release_failed(&outdone, &release, "late", true)
+                .await
+                .unwrap();
+            writes += errors.len() + 5;
+            assert_eq!(stands().await, before, "after {writes} writes");
+        }
+        let kind = database.map_or("sqlite", |_| "postgresql");
+        crate::soak::keep(
+            &format!("stale_writes_refused_by_{kind}"),
+            &serde_json::json!({"writes": writes, "refused": writes}),
+        );
+        assert!(
+            store
+                .finish(&holder, Status::Passed, Outcome::Live, None)
+                .await
+                .unwrap()
+        );
+    }
 }

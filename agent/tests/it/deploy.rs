@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use landfall::build_log::{BuildLog, Masker};
 use landfall::builds::{Build, Cause, Stage};
+use landfall::cluster::apply::{self, Rules};
 use landfall::config::{Docker, Environment};
 use landfall::diagnostic::parse_yaml;
 use landfall::pipeline::{self, Pipeline};
@@ -12,7 +13,7 @@ use landfall::release::{Change, Release};
 use landfall::stages::deploy::{self, Applying, Way};
 use landfall::stages::plan::{self, Ground};
 use landfall::stages::{Applied, Built, CheckedOut, Scope, StageError, StageResult};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 
@@ -1047,6 +1048,49 @@ async fn an_apply_under_an_older_fence_is_refused_also_where_the_object_was_dele
     // A store that was lost begins anew with small numbers, and goes on all the same.
     place.deploy(1, &set("anew")).await;
     assert_eq!(place.field("configmap/settings", ".data.key"), "anew");
+}
+
+/// STALE_WRITES, default 20.
+#[tokio::test]
+async fn p5_the_cluster_refuses_every_write_of_a_holder_that_was_outdone() {
+    let place = Place::new("deploy-outdone");
+    let set = |value: &str| {
+        [
+            configmap("settings", value),
+            deployment("web", "replicas: 0", ""),
+        ]
+        .concat()
+    };
+    place.deploy(1, &set("one")).await;
+    let older = place.plan(2, &set("older")).await.0.unwrap();
+    let newer = place.plan(3, &set("newer")).await.0.unwrap();
+    let wanted = crate::soak::number("STALE_WRITES", 20);
+    let sleeps = async |scope: &Scope<'_>| -> StageResult<usize> {
+        let held = deploy::hold(scope, Some(&older)).await?;
+        place.apply(3, &newer).await.0?;
+        let rules = Rules {
+            held: Some(&held),
+            ..Rules::default()
+        };
+        let mut refused = 0;
+        for turn in 0..wanted {
+            let mut object = older.objects[0].clone();
+            object["data"]["key"] = json!(format!("late {turn}"));
+            refused += usize::from(
+                apply::apply(&held.cluster, &rules, &object, false)
+                    .await
+                    .is_err(),
+            );
+        }
+        Ok(refused)
+    };
+    let refused = place.with_scope(2, sleeps).await.0.unwrap();
+    crate::soak::keep(
+        "stale_writes_refused_by_the_cluster",
+        &json!({"writes": wanted, "refused": refused}),
+    );
+    assert_eq!(refused, wanted);
+    assert_eq!(place.field("configmap/settings", ".data.key"), "newer");
 }
 
 #[tokio::test]

@@ -394,10 +394,24 @@ async fn nothing_is_pruned_that_the_release_still_needs() {
     let build = ends(&mut landfall, &files, ("failed", "unchanged")).await;
     assert_eq!(build["cause"]["id"], "service_selects_nothing", "{build:#}");
 
+    // The Service that the smoke test asks is forgotten.
+    let service = std::fs::read_to_string(landfall.path("work/kubernetes/service.yaml")).unwrap();
+    let files = [
+        ("kubernetes/side.yaml", side.as_str()),
+        ("kubernetes/service.yaml", &settings("another", "hello")),
+    ];
+    let build = ends(&mut landfall, &files, ("failed", "unchanged")).await;
+    let sentence = build["cause"]["sentence"].as_str().unwrap();
+    assert!(
+        sentence.ends_with("the smoke test asks service/hello, which the manifests hold no more"),
+        "{sentence}"
+    );
+
     // A ConfigMap that is forgotten, and named all the same.
     let files = [
         ("kubernetes/side.yaml", side.as_str()),
         ("kubernetes/settings.yaml", &settings("more", "hello")),
+        ("kubernetes/service.yaml", &service),
     ];
     let build = live(&mut landfall, &files).await;
     let log = landfall.log(build["id"].as_i64().unwrap()).await;

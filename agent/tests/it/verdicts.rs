@@ -62,7 +62,7 @@ scenarios! {
     a_registry_that_refuses_the_connection_has_a_minute
         |ns| web(ns, "true", |c| c["image"] = json!("127.0.0.1:9/nosuch:1")), Patiently("registry_unreachable", "connection refused", 60, 80);
     a_registry_that_never_answers_is_named_when_time_is_up
-        silent_registry, OutOfTime("image_pull_slow", "still pulling the image 127.0.0.1:5996/nosuch:1", 15);
+        silent_registry, OutOfTime("image_pull_slow", "still pulling the image 127.0.0.1:5996/nosuch:1", 20);
     an_image_whose_name_is_none_is_named
         |ns| web(ns, "true", |c| c["image"] = json!(format!("{}/No Such Name", registry()))), Failed("image_not_found", "/No Such Name of container app of pod web-", 10);
     a_registry_that_wants_a_password_is_named
@@ -361,8 +361,11 @@ fn on_the_node(ns: &str, name: &str, shell: &str) -> Value {
 /// It takes every connection and says nothing.
 fn silent_registry(ns: &str) -> Vec<Value> {
     let registry = on_the_node(ns, "registry", "exec nc -ll -p 5996 -e sleep 600");
-    let image = json!("127.0.0.1:5996/nosuch:1");
-    [vec![registry], web(ns, "true", |c| c["image"] = image)].concat()
+    // Not before the registry listens.
+    let wait = json!([{"name": "wait", "image": busybox(), "command": ["sleep", "5"]}]);
+    let mut pulls = shaped(ns, |pod| pod["initContainers"] = wait);
+    crate::stand::container(&mut pulls[0])["image"] = json!("127.0.0.1:5996/nosuch:1");
+    [vec![registry], pulls].concat()
 }
 
 /// It answers 401 to everything.
