@@ -115,6 +115,14 @@ impl Seen {
 
 async fn look(agent: &Agent, environment: &Environment, seen: &mut Seen) -> anyhow::Result<()> {
     let (store, at) = (&agent.store, now());
+    let held_back = store.build_what_was_held_back(&environment.name, &environment.branch);
+    if let Some(build) = held_back.await? {
+        tracing::info!(
+            environment = environment.name,
+            build,
+            "nothing holds the environment any more: building the head of its branch"
+        );
+    }
     // Before git is asked: a push that is accepted in between is newer than what git answers.
     let accepted = store
         .newest_push(&environment.name, &environment.branch)

@@ -131,8 +131,10 @@ async fn read(headers: &HeaderMap, mut body: Body) -> Result<(Vec<u8>, InFlight)
             let Ok(data) = frame.into_data() else {
                 continue;
             };
-            // Only what has come counts: a connection that announces much and sends nothing takes nobody's place.
-            let kib = u32::try_from(data.len().div_ceil(1024)).unwrap_or(u32::MAX);
+            // Only what has come counts, by its sum: a connection that announces much and sends nothing, or one byte at a time,
+            // takes nobody's place.
+            let whole = (bytes.len() + data.len()).div_ceil(1024) - bytes.len().div_ceil(1024);
+            let kib = u32::try_from(whole).unwrap_or(u32::MAX);
             let share = IN_FLIGHT
                 .try_acquire_many(kib)
                 .map_err(|_| Rejection::NotStored)?;
@@ -497,6 +499,15 @@ mod tests {
             b"Hello, World?",
             &signature
         ));
+    }
+
+    #[tokio::test]
+    async fn a_body_in_crumbs_takes_no_more_of_the_budget_than_its_bytes() {
+        let crumbs = futures_util::stream::iter((0..3000).map(|_| Ok::<_, std::io::Error>("x")));
+        let (bytes, in_flight) = read(&HeaderMap::new(), Body::from_stream(crumbs))
+            .await
+            .unwrap();
+        assert_eq!((bytes.len(), in_flight.unwrap().num_permits()), (3000, 3));
     }
 
     #[test]

@@ -34,6 +34,9 @@ const POLL_EVERY: Duration = Duration::from_secs(5);
 const SETTLE: Duration = Duration::from_millis(200);
 /// Builds looked at in one pass.
 const OPEN_MAX: i64 = 500;
+/// How often builds are looked at anew of which everything was said.
+const REWIND_EVERY: Duration = Duration::from_mins(5);
+const PENDING: &str = "pending";
 const BACKOFF_FIRST: Duration = Duration::from_secs(1);
 const BACKOFF_MAX: Duration = Duration::from_mins(1);
 /// Where a secondary limit names no time, GitHub asks for a minute.
@@ -132,6 +135,7 @@ pub async fn run(config: Arc<Config>, store: Store, holder: String, shutdown: Ca
         octocrab,
         masker,
         from: 0,
+        rewound: Instant::now(),
         pace: Pace::new(),
     };
     loop {
@@ -198,6 +202,8 @@ struct Teller {
     masker: Masker,
     /// Everything is said of builds with smaller numbers.
     from: i64,
+    /// When `from` last began anew.
+    rewound: Instant,
     pace: Pace,
 }
 
@@ -233,7 +239,12 @@ impl Teller {
     /// Says what can be said now; how long until something more can.
     async fn pass(&mut self) -> anyhow::Result<Duration> {
         if !self.store.leads(&self.holder).await? {
+            self.from = 0;
             return Ok(POLL_EVERY);
+        }
+        if !self.store.is_alone() && self.rewound.elapsed() >= REWIND_EVERY {
+            // Another that led for a while may have said something late of a build that is behind us.
+            (self.from, self.rewound) = (0, Instant::now());
         }
         let open = self.store.untold(self.from, OPEN_MAX).await?;
         self.from = open.first().map_or(self.from, |first| first.build.id);
@@ -253,6 +264,17 @@ impl Teller {
             if waiting.holds(&one.build) {
                 continue;
             }
+            // A pass may take minutes: who leads now, and what the build has come to, is asked before each word.
+            if !self.store.leads(&self.holder).await? {
+                return Ok(POLL_EVERY);
+            }
+            let Some(build) = self.store.build(one.build.id).await? else {
+                continue;
+            };
+            let one = &Untold {
+                build,
+                ..one.clone()
+            };
             let word = match self.next(one).await? {
                 Next::Wait => continue,
                 Next::Silence => {
@@ -265,7 +287,13 @@ impl Teller {
                 Sent::Told => self.store.told(one.build.id, word.state).await?,
                 Sent::Refused(problem) => {
                     tracing::warn!(build = one.build.id, repository = %one.build.repository, "GitHub refuses a status for good: {problem}");
-                    self.store.told(one.build.id, "silent").await?;
+                    // Its end is told all the same: GitHub may not have known the commit yet.
+                    let told = if word.state == PENDING {
+                        PENDING
+                    } else {
+                        "silent"
+                    };
+                    self.store.told(one.build.id, told).await?;
                 }
                 Sent::Later { whom, at, problem } => {
                     let wait = human_duration(at - now());
@@ -335,8 +363,18 @@ impl Teller {
 /// What is to be said of a build. `pending` is said once, and never where GitHub shows a final state of the commit.
 fn next(build: &Build, is_pending: bool, siblings: Siblings, at: Millis) -> Next {
     let age = at - build.finished_at.unwrap_or(at);
-    if build.status.is_terminal() && (!is_commit_id(&build.commit) || age > millis(AGE_MAX)) {
+    // What GitHub shows as pending is brought to its end however old it is; another may have judged the commit since.
+    let is_too_old = build.status.is_terminal() && age > millis(AGE_MAX);
+    let is_nobodys = build.status.is_terminal() && !is_commit_id(&build.commit);
+    if is_nobodys || (is_too_old && (!is_pending || siblings.shown > 0)) {
         return Next::Silence;
+    }
+    if is_too_old && siblings.finished > 0 {
+        let description = "too old to be told: see its page".to_owned();
+        return Next::Say(Word {
+            state: "error",
+            description,
+        });
     }
     let (state, description) = match build.status {
         Status::Queued | Status::Running => {
@@ -344,16 +382,22 @@ fn next(build: &Build, is_pending: bool, siblings: Siblings, at: Millis) -> Next
             if is_pending || siblings.shown > 0 || !is_commit_id(&build.commit) {
                 return Next::Wait;
             }
-            ("pending", "in progress".to_owned())
+            (PENDING, "in progress".to_owned())
         }
         Status::Passed => ("success", passed(build)),
         Status::Failed | Status::Canceled => ("failure", failed(build)),
         Status::Errored => ("error", failed(build)),
         Status::Superseded | Status::Skipped => {
-            if siblings.finished > 0 || siblings.live > 0 {
+            let was_judged = siblings.finished > 0;
+            if siblings.live > 0 || siblings.shown > 0 || (was_judged && !is_pending) {
                 return Next::Silence;
             }
-            ("success", format!("not built: {}", not_built(build)))
+            if siblings.coming > 0 {
+                return Next::Wait;
+            }
+            // A judgement that was never shown, and may have been a bad one, does not turn green.
+            let state = if was_judged { "error" } else { "success" };
+            (state, format!("not built: {}", not_built(build)))
         }
     };
     let description = shorten(&description);

@@ -79,15 +79,44 @@ fn a_commit_that_was_judged_never_turns_green_by_being_skipped() {
         finished: 1,
         ..Siblings::default()
     };
+    let coming = Siblings {
+        coming: 1,
+        ..judged
+    };
     let live = Siblings {
         live: 1,
         ..Siblings::default()
     };
+    let shown = Siblings { shown: 1, ..judged };
     for status in [Status::Skipped, Status::Superseded] {
-        for siblings in [judged, live] {
-            assert_eq!(said(&build(status), true, siblings).unwrap(), "silence");
+        for (siblings, is_pending) in [(judged, false), (live, true), (shown, true)] {
+            let said = said(&build(status), is_pending, siblings);
+            assert_eq!(said.unwrap(), "silence");
         }
+        assert_eq!(said(&build(status), true, coming), None);
+        // Nothing else would ever end what GitHub shows as pending.
+        let said = said(&build(status), true, judged).unwrap();
+        assert!(said.starts_with("error: not built: "), "{said}");
     }
+}
+
+#[test]
+fn what_is_pending_is_brought_to_its_end_however_old_it_is() {
+    let late = 43_000 + millis(AGE_MAX) + 1;
+    let passed = build(Status::Passed);
+    let alone = Siblings::default();
+    let judged = Siblings {
+        finished: 1,
+        ..alone
+    };
+    let said = |is_pending, siblings| match next(&passed, is_pending, siblings, late) {
+        Next::Say(word) => word.state,
+        _ => "nothing",
+    };
+    assert_eq!(said(false, alone), "nothing");
+    assert_eq!(said(true, alone), "success");
+    // A later judgement that was never told may have been a bad one.
+    assert_eq!(said(true, judged), "error");
 }
 
 #[test]
@@ -95,7 +124,7 @@ fn pending_is_said_once_and_never_over_a_final_state() {
     let shown = Siblings {
         shown: 1,
         finished: 1,
-        live: 0,
+        ..Siblings::default()
     };
     assert_eq!(
         said(&build(Status::Running), true, Siblings::default()),

@@ -41,7 +41,7 @@ const LOG_RETRY: Duration = Duration::from_millis(500);
 /// A build that kills its agent again and again in one stage must not do so for ever.
 const LOSSES_MAX: i64 = 3;
 /// Nor one that does it in several.
-const ATTEMPTS_MAX: i64 = 20;
+pub(super) const ATTEMPTS_MAX: i64 = 20;
 
 /// What every build of this agent shares.
 pub struct Agent {
@@ -394,7 +394,10 @@ impl<'a> Line<'a> {
                     Checkout::Ready(checked_out) => checked_out,
                     Checkout::Stale { head } => {
                         // Its delivery may have come first, and have given way to this one.
-                        self.agent.store.build_after_all(self.build, &head).await?;
+                        self.agent
+                            .store
+                            .build_after_all(self.build, Some(&head))
+                            .await?;
                         return Ok(Ended::stale(self.build, &head));
                     }
                 };

@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::transaction::describe;
-use super::{Ended, Line};
+use super::{ATTEMPTS_MAX, Ended, Line};
 use crate::builds::{BuildKind, Cause, Outcome, Stage, StageStatus, Status};
 use crate::cluster::evidence;
 use crate::cluster::lease::Held;
@@ -48,6 +48,15 @@ impl Line<'_> {
             StageError::Failed(cause)
                 if cause.id == "commit_gone" && self.build.kind == BuildKind::Push =>
             {
+                // What gave way to it may be the head.
+                let instead = self.agent.store.build_after_all(self.build, None).await;
+                if let Err(error) = instead {
+                    tracing::error!(
+                        build = self.build.id,
+                        "cannot queue what gave way to it: {error:#}"
+                    );
+                    return None;
+                }
                 (Status::Skipped, cause)
             }
             StageError::Failed(cause) | StageError::TimedOut(cause) => (Status::Failed, cause),
@@ -89,7 +98,10 @@ impl Line<'_> {
             })
         };
         let planned = match self.planned().await {
-            Err(error) if error.chain().any(|cause| cause.is::<Unsealable>()) => {
+            Err(error)
+                if error.chain().any(|cause| cause.is::<Unsealable>())
+                    || self.build.attempt > ATTEMPTS_MAX =>
+            {
                 // No retry helps, and a build that never ends would hold the environment for ever.
                 store.set_unsettled(self.build, true).await?;
                 let cause = Cause::new("agent", format!("{error:#}"));

@@ -241,13 +241,20 @@ impl Store {
 
     /// Builds that were running when an agent died: to be resumed before anything else.
     pub async fn running(&self) -> anyhow::Result<Vec<Build>> {
-        builds(
-            on!(&self.main, pool => sqlx::query_as(select!("WHERE status = 'running' ORDER BY id")).fetch_all(pool).await?),
-        )
+        let rows: Vec<BuildRow> = on!(&self.main, pool => sqlx::query_as(select!("WHERE status = 'running' ORDER BY id")).fetch_all(pool).await?);
+        let readable = |row: BuildRow| {
+            let id = row.id;
+            // A newer agent's, of a kind that this one does not know: it must not keep this one from all others.
+            Build::try_from(row)
+                .inspect_err(|error| tracing::error!(build = id, "cannot be read: {error:#}"))
+                .ok()
+        };
+        Ok(rows.into_iter().filter_map(readable).collect())
     }
 
-    /// Takes the oldest queued build whose environment is free, one that brings a release back first (`only_back`: no other),
-    /// with a new fence.
+    /// Takes a queued build whose environment is free, one that brings a release back first (`only_back`: no other), with a new
+    /// fence. Of several environments that one comes next whose last build is the oldest: a push that takes the place of another
+    /// has the newest number, and its environment must not go to the back for it.
     pub async fn claim(&self, holder: &str, only_back: bool) -> anyhow::Result<Option<Build>> {
         // Of several agents that see the same build one gets it, and the others look again.
         for _ in 0..CLAIMS_MAX {
@@ -279,7 +286,8 @@ impl Store {
                  (SELECT 1 FROM builds r WHERE r.environment = b.environment AND r.status = 'running') \
                  AND (b.kind <> 'push' OR b.queued_at < $2 OR b.queued_at > $3 OR NOT EXISTS \
                  (SELECT 1 FROM builds o WHERE o.superseded_by = b.id)) AND ($4 = '' OR $4 LIKE '%,' || b.environment || ',%') \
-                 ORDER BY CASE b.kind WHEN 'undo' THEN 0 WHEN 'redo' THEN 0 WHEN 'push' THEN 2 ELSE 1 END, b.id LIMIT 1")
+                 ORDER BY CASE b.kind WHEN 'undo' THEN 0 WHEN 'redo' THEN 0 WHEN 'push' THEN 2 ELSE 1 END, COALESCE((SELECT r.id \
+                 FROM builds r WHERE r.environment = b.environment AND r.started_at IS NOT NULL ORDER BY r.id DESC LIMIT 1), 0), b.id LIMIT 1")
             .bind(only_back).bind(at - BURST).bind(at).bind(self.served()).fetch_optional(pool).await?))
     }
 

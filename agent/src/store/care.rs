@@ -19,6 +19,8 @@ const DATABASES: [&str; 2] = ["logs.db", "landfall.db"];
 const BUILDS: &str = "landfall.db";
 /// What it needs beside them: without the key the Secrets of releases cannot be read.
 const SECRETS: [&str; 2] = ["admin-token", "seal-key"];
+/// A store's builds on their way into place.
+const HALF: &str = "landfall.db.restored";
 /// What SQLite keeps beside a database.
 const SIDE_FILES: [&str; 2] = ["-wal", "-shm"];
 
@@ -48,8 +50,7 @@ pub async fn backup(data_dir: &Path, to: &Path) -> anyhow::Result<()> {
     for name in SECRETS {
         let from = data_dir.join(name);
         if from.exists() {
-            std::fs::copy(&from, to.join(name))
-                .with_context(|| format!("cannot copy {}", from.display()))?;
+            copy_whole(&from, &to.join(name))?;
         }
     }
     std::fs::File::open(to)?.sync_all()?;
@@ -69,26 +70,53 @@ pub async fn restore(from: &Path, data_dir: &Path) -> anyhow::Result<Option<Path
         own.chain(side_files(name))
     });
     let known: Vec<String> = known.chain(SECRETS.map(str::to_owned)).collect();
+    // First what takes its time, beside all that stands; from here on until the end no agent begins.
+    let half = data_dir.join(HALF);
+    for name in side_files(HALF)
+        .into_iter()
+        .chain([format!("{HALF}-journal")])
+    {
+        remove_if_there(&data_dir.join(name))?;
+    }
+    copy_whole(&from.join(BUILDS), &half)?;
+    end_builds(&half).await?;
+    std::fs::File::open(&half)?.sync_all()?;
     let there = |name: &&String| data_dir.join(name).exists();
     let had_any = known.iter().any(|name| there(&name));
     if had_any {
         make_private_dir(&aside)?;
     }
     for name in known.iter().filter(there) {
-        std::fs::rename(data_dir.join(name), aside.join(name))
-            .with_context(|| format!("cannot move {name} to {}", aside.display()))?;
-    }
-    for name in DATABASES.iter().chain(&SECRETS) {
-        let copy = from.join(name);
-        if copy.exists() {
-            std::fs::copy(&copy, data_dir.join(name))
-                .with_context(|| format!("cannot copy {}", copy.display()))?;
-            std::fs::File::open(data_dir.join(name))?.sync_all()?;
+        match std::fs::rename(data_dir.join(name), aside.join(name)) {
+            // SQLite takes a -wal away with the last who reads.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            moved => moved.with_context(|| format!("cannot move {name} to {}", aside.display()))?,
         }
     }
-    end_builds(&data_dir.join(BUILDS)).await?;
+    let others = DATABASES
+        .iter()
+        .chain(&SECRETS)
+        .filter(|name| **name != BUILDS);
+    for name in others.filter(|name| from.join(name).exists()) {
+        copy_whole(&from.join(name), &data_dir.join(name))?;
+    }
+    std::fs::rename(&half, data_dir.join(BUILDS)).context("cannot put the builds into place")?;
     std::fs::File::open(data_dir)?.sync_all()?;
     Ok(had_any.then_some(aside))
+}
+
+fn copy_whole(from: &Path, to: &Path) -> anyhow::Result<()> {
+    std::fs::copy(from, to).with_context(|| format!("cannot copy {}", from.display()))?;
+    Ok(std::fs::File::open(to)?.sync_all()?)
+}
+
+fn remove_if_there(path: &Path) -> anyhow::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// What waited or ran at the time of the backup would lead back behind all that came after it. It counts as no push either, so
@@ -166,6 +194,17 @@ pub async fn check(data_dir: &Path) -> anyhow::Result<()> {
 pub(super) fn ensure_together(data_dir: &Path) -> anyhow::Result<()> {
     let bytes = |name: &str| std::fs::metadata(data_dir.join(name)).map_or(0, |file| file.len());
     let builds = data_dir.join(BUILDS);
+    ensure!(
+        !data_dir.join(HALF).exists(),
+        "a `landfall restore` into {} was cut off: run it again. What stood there before is in its folders before-restore-…",
+        data_dir.display()
+    );
+    if bytes(BUILDS) > 0 && bytes("logs.db") == 0 {
+        tracing::error!(
+            "logs.db is missing or empty beside {}: the logs of its builds are lost, and it begins anew",
+            builds.display()
+        );
+    }
     ensure!(
         bytes(BUILDS) > 0 || bytes("logs.db") == 0,
         "{} is missing or empty, and the logs of its builds are there. {HELP}",

@@ -54,6 +54,11 @@ fn main_migrations() -> Migrator {
             "intake",
             include_str!("../../migrations/main/0004_intake.sql"),
         ),
+        migration(
+            5,
+            "started",
+            include_str!("../../migrations/main/0005_started.sql"),
+        ),
     ])
 }
 

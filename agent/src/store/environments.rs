@@ -272,7 +272,7 @@ use audit;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::builds::{Outcome, Status};
+    use crate::builds::{Cause, Outcome, Status};
     use crate::store::Delivery;
 
     const ONE: &str = "1111111111111111111111111111111111111111";
@@ -349,6 +349,46 @@ mod tests {
         let held = store.claim("me", false).await.unwrap().unwrap();
         assert_eq!(held.id, later);
         assert!(!store.begin_deploying(&held).await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn what_a_pin_held_back_is_built_once_nothing_holds_the_environment() {
+        let (_folder, store) = store().await;
+        let again = async || {
+            store
+                .build_what_was_held_back("hello", "main")
+                .await
+                .unwrap()
+        };
+        deliver(&store, ONE).await;
+        assert_eq!(again().await, None, "it waits by itself");
+        let build = store.claim("me", false).await.unwrap().unwrap();
+        let pinned = Cause::new("pinned", "hello is pinned");
+        store
+            .finish(&build, Status::Skipped, Outcome::Unchanged, Some(&pinned))
+            .await
+            .unwrap();
+        store.pin("hello", "on fire", "me").await.unwrap();
+        assert_eq!(again().await, None, "it is pinned");
+        store.unpin("hello", "me").await.unwrap();
+        let id = again().await.unwrap();
+        assert_eq!(store.build(id).await.unwrap().unwrap().commit, ONE);
+        assert_eq!(again().await, None, "it is on its way");
+
+        // An undo takes a build's place, and does not come about.
+        let build = store.claim("me", false).await.unwrap().unwrap();
+        let undo = store
+            .bring_back(&push(ONE), "hello", 1, BuildKind::Undo, "undo to release 1")
+            .await
+            .unwrap();
+        store
+            .finish(&build, Status::Superseded, Outcome::Unchanged, None)
+            .await
+            .unwrap();
+        assert_eq!(again().await, None, "the undo waits");
+        store.cancel(undo, "me").await.unwrap();
+        let id = again().await.unwrap();
+        assert_eq!(store.build(id).await.unwrap().unwrap().commit, ONE);
     }
 
     #[tokio::test]

@@ -29,6 +29,8 @@ row! {
         pub live: i64,
         /// GitHub shows a final state of one.
         pub shown: i64,
+        /// Ended with a judgement that GitHub is yet to be told.
+        pub coming: i64,
     }
 }
 
@@ -51,7 +53,10 @@ impl Store {
             .bind(from).bind(limit).fetch_all(pool).await?);
         let mut untold = Vec::with_capacity(rows.len());
         for row in rows {
-            if let Some(build) = self.build(row.id).await? {
+            let build = self.build(row.id).await.inspect_err(|error| {
+                tracing::error!(build = row.id, "cannot be read: {error:#}");
+            });
+            if let Ok(Some(build)) = build {
                 untold.push(Untold {
                     build,
                     told: row.told,
@@ -102,7 +107,9 @@ impl Store {
         Ok(on!(&self.main, pool => sqlx::query_as(
                 "SELECT COUNT(CASE WHEN b.status IN ('passed', 'failed', 'errored', 'canceled') THEN 1 END) AS finished, \
                  COUNT(CASE WHEN b.status IN ('queued', 'running') THEN 1 END) AS live, \
-                 COUNT(CASE WHEN g.told IN ('success', 'failure', 'error') THEN 1 END) AS shown \
+                 COUNT(CASE WHEN g.told IN ('success', 'failure', 'error') THEN 1 END) AS shown, \
+                 COUNT(CASE WHEN b.status IN ('passed', 'failed', 'errored', 'canceled') \
+                 AND COALESCE(g.told, '') NOT IN ('success', 'failure', 'error', 'silent') THEN 1 END) AS coming \
                  FROM builds b LEFT JOIN github_outbox g ON g.build_id = b.id \
                  WHERE b.environment = $1 AND b.commit_id = $2 AND b.id <> $3")
             .bind(&build.environment).bind(&build.commit).bind(build.id).fetch_one(pool).await?))

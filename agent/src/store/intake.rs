@@ -194,8 +194,9 @@ fn decide<'a>(group: &'a [Waiting], mut known: Known<'a>) -> Decided<'a> {
                 decided.deliveries.push((known.deliveries, delivery));
                 known.deliveries
             });
-            let superseded_by = newest
-                .filter(|newest| newest.came_after(push))
+            let mut heads = newest.into_iter().chain(known.in_time.get(&place));
+            let superseded_by = heads
+                .find(|newest| newest.came_after(push))
                 .map(|newest| newest.id);
             let is_new = known
                 .seen
@@ -530,16 +531,22 @@ impl Store {
     }
 
     /// Queues a push that gave way to an older one, unless another build of its branch waits. The new build's number.
-    pub async fn build_after_all(&self, stale: &Build, head: &str) -> anyhow::Result<Option<i64>> {
+    pub async fn build_after_all(
+        &self,
+        stale: &Build,
+        head: Option<&str>,
+    ) -> anyhow::Result<Option<i64>> {
         let at = now();
         let id = on!(&self.main, pool, BEGIN, lock => {
             let mut tx = pool.begin_with(BEGIN).await?;
             let _ = numbers!(tx, lock);
             let gave_way: Option<i64> = sqlx::query_scalar(
                     "SELECT MAX(s.id) FROM builds s WHERE s.environment = $1 AND s.branch = $2 AND s.kind = 'push' \
-                     AND s.commit_id = $3 AND s.status = 'superseded' AND NOT EXISTS (SELECT 1 FROM builds o WHERE o.environment = $1 \
-                     AND o.id <> $4 AND (o.status = 'queued' AND o.branch = $2 OR o.commit_id = $3 AND o.status <> 'superseded'))")
-                .bind(&stale.environment).bind(&stale.branch).bind(head).bind(stale.id).fetch_one(&mut *tx).await?;
+                     AND (s.commit_id = $3 OR $3 = '' AND s.superseded_by IN (SELECT g.id FROM builds g \
+                     WHERE g.environment = $1 AND g.branch = $2 AND g.commit_id = (SELECT commit_id FROM builds WHERE id = $4))) AND s.status = 'superseded' AND NOT EXISTS (SELECT 1 \
+                     FROM builds o WHERE o.environment = $1 AND o.id <> $4 AND (o.status = 'queued' AND o.branch = $2 AND o.kind = 'push' \
+                     OR o.commit_id = s.commit_id AND o.status <> 'superseded'))")
+                .bind(&stale.environment).bind(&stale.branch).bind(head.unwrap_or_default()).bind(stale.id).fetch_one(&mut *tx).await?;
             let Some(gave_way) = gave_way else { return Ok(None) };
             let row = sqlx::query(super::builds::PUSH_OF).bind(gave_way).fetch_one(&mut *tx).await?;
             let push = super::builds::push!(row);
@@ -549,6 +556,40 @@ impl Store {
             id
         });
         fail_point::at("store: build_after_all");
+        self.notify();
+        Ok(Some(id))
+    }
+
+    /// Queues the head of a branch anew where it was skipped for a pin, or gave way to an undo, and nothing holds the environment
+    /// any more: its pin went with a redo, with an undo that did not come about, or just before the agent was killed.
+    pub async fn build_what_was_held_back(
+        &self,
+        environment: &str,
+        branch: &str,
+    ) -> anyhow::Result<Option<i64>> {
+        let at = now();
+        let id = on!(&self.main, pool, BEGIN, lock => {
+            let mut tx = pool.begin_with(BEGIN).await?;
+            let _ = numbers!(tx, lock);
+            let held_back: Option<i64> = sqlx::query_scalar(
+                    "SELECT b.id FROM builds b JOIN environments e ON e.name = b.environment WHERE b.id = (SELECT MAX(id) FROM builds \
+                     WHERE environment = $1 AND branch = $2 AND kind = 'push' AND (superseded_by IS NULL OR superseded_by > id)) \
+                     AND e.pinned_at IS NULL AND b.commit_id <> COALESCE(e.deployed_commit, '') \
+                     AND (b.status = 'skipped' AND b.cause LIKE '%\"id\":\"pinned\"%' OR b.status = 'superseded' AND EXISTS \
+                     (SELECT 1 FROM builds u WHERE u.id = b.superseded_by AND u.kind IN ('undo', 'redo'))) \
+                     AND NOT EXISTS (SELECT 1 FROM builds o WHERE o.environment = $1 AND (o.status IN ('queued', 'running') \
+                     OR o.id > b.id AND o.status NOT IN ('superseded', 'skipped') AND (o.kind NOT IN ('undo', 'redo', 'push') \
+                     OR o.kind = 'push' AND o.commit_id = b.commit_id)))")
+                .bind(environment).bind(branch).fetch_optional(&mut *tx).await?;
+            let Some(held_back) = held_back else { return Ok(None) };
+            let row = sqlx::query(super::builds::PUSH_OF).bind(held_back).fetch_one(&mut *tx).await?;
+            let push = super::builds::push!(row);
+            let build = NewBuild { ends_others: false, ..NewBuild::without_delivery(environment, &push, BuildKind::Push) };
+            let id = super::builds::insert!(tx, build, at);
+            tx.commit().await?;
+            id
+        });
+        fail_point::at("store: build_what_was_held_back");
         self.notify();
         Ok(Some(id))
     }
@@ -844,6 +885,82 @@ mod tests {
         }
     }
 
+    /// Amends: each push takes the one before it away.
+    #[tokio::test]
+    async fn the_head_is_built_though_pushes_that_it_took_away_come_later() {
+        let (_folder, store) = store().await;
+        let mut ids = Vec::new();
+        // With GitHub's clock: the one in the middle is older than the head too.
+        for (after, at) in [("c", 10), ("a", 5), ("b", 7)] {
+            let (delivery, mut push) = push(ZERO, after);
+            push.pushed_at = Some(at);
+            let accepted = store
+                .accept(delivery, push, &["hello"], None)
+                .await
+                .unwrap();
+            ids.push(accepted[0].build);
+        }
+        let states = [Status::Queued, Status::Superseded, Status::Superseded];
+        for (id, state) in ids.iter().zip(states) {
+            assert_eq!(status(&store, *id).await, state);
+        }
+
+        // Without it the late ones end the head, and are found to be gone.
+        let (_folder, store) = self::store().await;
+        sql(&store, "INSERT INTO environments (name) VALUES ('hello')").await;
+        for (before, after) in [("b", "c"), (ZERO, "a"), ("a", "b")] {
+            accept(&store, before, after).await;
+        }
+        let mut built = Vec::new();
+        let settled = "UPDATE builds SET queued_at = 0 WHERE status = 'queued'";
+        loop {
+            sql(&store, settled).await;
+            let Some(build) = store.claim("me", false).await.unwrap() else {
+                break;
+            };
+            if build.commit != "c" {
+                store.build_after_all(&build, None).await.unwrap();
+            }
+            let outcome = crate::builds::Outcome::Unchanged;
+            store
+                .finish(&build, Status::Skipped, outcome, None)
+                .await
+                .unwrap();
+            built.push(build.commit);
+        }
+        assert_eq!(built, ["b", "a", "c"]);
+    }
+
+    /// `builds_at_once: 1`, and one environment that is pushed to all the time.
+    #[tokio::test]
+    async fn an_environment_does_not_go_to_the_back_with_each_push() {
+        let (_folder, store) = store().await;
+        for name in ["busy", "calm"] {
+            sql(
+                &store,
+                &format!("INSERT INTO environments (name) VALUES ('{name}')"),
+            )
+            .await;
+        }
+        let mut built = Vec::new();
+        for turn in 0..6 {
+            for name in ["calm", "busy"] {
+                let (delivery, push) =
+                    push(&format!("{name}{turn}"), &format!("{name}{}", turn + 1));
+                store.accept(delivery, push, &[name], None).await.unwrap();
+            }
+            sql(&store, "UPDATE builds SET queued_at = 0").await;
+            let build = store.claim("me", false).await.unwrap().unwrap();
+            let outcome = crate::builds::Outcome::Live;
+            store
+                .finish(&build, Status::Passed, outcome, None)
+                .await
+                .unwrap();
+            built.push(build.environment);
+        }
+        assert_eq!(built, ["calm", "busy", "calm", "busy", "calm", "busy"]);
+    }
+
     fn commit(number: u32) -> String {
         format!("{number:040}")
     }
@@ -888,7 +1005,10 @@ mod tests {
                 .iter()
                 .any(|other| other.parse::<u32>().unwrap() > own);
         if is_stale {
-            store.build_after_all(&build, &commit(6)).await.unwrap();
+            store
+                .build_after_all(&build, Some(&commit(6)))
+                .await
+                .unwrap();
             store
                 .finish(
                     &build,
