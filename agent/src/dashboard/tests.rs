@@ -155,7 +155,7 @@ impl Site {
             .collect();
         self.app
             .store
-            .append_log(build.id, next, &lines)
+            .append_log(build, next, &lines)
             .await
             .unwrap()
     }

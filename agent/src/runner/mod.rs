@@ -193,14 +193,7 @@ fn write_log(store: Store, build: Build, log: BuildLog, mut next: i64) -> JoinHa
         while let Some(mut lines) = log.drain().await {
             let begun = Instant::now();
             loop {
-                let stored = async {
-                    // The log is no place for who lost the build while it slept.
-                    if !store.is_alone() && !store.is_held(&build).await? {
-                        return Ok(next);
-                    }
-                    store.append_log(build.id, next, &lines).await
-                };
-                let error = match stored.await {
+                let error = match store.append_log(&build, next, &lines).await {
                     Ok(after) => {
                         (next, is_away) = (after, false);
                         break;

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use super::Store;
 use super::dialect::{Db, on, row};
 use crate::build_log::{CHUNK_BYTES_MAX, LogLine};
-use crate::builds::{Millis, Stage};
+use crate::builds::{Build, Millis, Stage};
 use crate::fail_point;
 
 /// Short lines weigh more than their bytes once they are read.
@@ -21,10 +21,11 @@ pub struct NumberedLine {
 }
 
 impl Store {
-    /// Stores lines behind those that are there; `next` is the number of the first, the answer that of the next one.
+    /// Stores lines behind those that are there; `next` is the number of the first, the answer that of the next one. Nothing where
+    /// another agent has the build by now: the log is no place for who lost it while it slept.
     pub async fn append_log(
         &self,
-        build_id: i64,
+        build: &Build,
         mut next: i64,
         lines: &[LogLine],
     ) -> anyhow::Result<i64> {
@@ -41,10 +42,20 @@ impl Store {
                 continue;
             };
             let count = i64::try_from(chunk.len())?;
-            on!(&self.logs, pool => sqlx::query(
-                    "INSERT INTO log_chunks (build_id, first_line, line_count, stage, lines, bytes) VALUES ($1, $2, $3, $4, $5, $6)")
-                .bind(build_id).bind(next).bind(count).bind(stage.as_str()).bind(serde_json::to_string(&index)?).bind(&bytes)
-                .execute(pool).await?.rows_affected());
+            // The agent of a SQLite store is alone, and its builds are in another file.
+            let holds = match &self.logs {
+                Db::Sqlite(_) => "$7 = $7",
+                Db::Postgres(_) => "EXISTS (SELECT 1 FROM builds WHERE id = $1 AND fence = $7)",
+            };
+            let insert = sqlx::AssertSqlSafe(format!(
+                "INSERT INTO log_chunks (build_id, first_line, line_count, stage, lines, bytes) SELECT $1, $2, $3, $4, $5, $6 WHERE {holds}"
+            ));
+            let rows = on!(&self.logs, pool => sqlx::query(insert)
+                .bind(build.id).bind(next).bind(count).bind(stage.as_str()).bind(serde_json::to_string(&index)?).bind(&bytes)
+                .bind(build.fence).execute(pool).await?.rows_affected());
+            if rows == 0 {
+                break;
+            }
             next += count;
         }
         fail_point::at("store: append_log");
@@ -175,7 +186,8 @@ mod tests {
                 at: 0,
                 bytes: vec![b'x'; 100],
             };
-            store.append_log(id, 1, &[line]).await.unwrap();
+            let build = store.build(id).await.unwrap().unwrap();
+            store.append_log(&build, 1, &[line]).await.unwrap();
         }
         // #1 and #2 have ended, #3 waits.
         for _ in 0..2 {

@@ -147,8 +147,8 @@ mod tests {
                 at: 0,
                 bytes: vec![b'x'; 100],
             };
-            store.append_log(id, 1, &[line]).await.unwrap();
             let build = store.claim("us", false).await.unwrap().unwrap();
+            store.append_log(&build, 1, &[line]).await.unwrap();
             store
                 .finish(&build, status, Outcome::Unchanged, None)
                 .await

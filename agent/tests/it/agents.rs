@@ -5,6 +5,7 @@ use std::fs;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use landfall::build_log::LogLine;
 use landfall::builds::{BuildKind, Cause, Outcome, Push, Stage, StageStatus, Status};
 use landfall::config::Environment;
 use landfall::release::{AppliedObject, Change, Evidence, Release};
@@ -486,6 +487,16 @@ async fn p5_the_store_refuses_every_write_of_a_holder_that_was_outdone() {
                 .await
                 .unwrap();
             writes += errors.len() + 5;
+            if database.is_some() {
+                let line = LogLine {
+                    stage: Stage::Deploy,
+                    at: 1,
+                    bytes: b"late".to_vec(),
+                };
+                let next = store.append_log(&outdone, 1, &[line]).await.unwrap();
+                assert_eq!((next, store.log_end(outdone.id).await.unwrap().0), (1, 1));
+                writes += 1;
+            }
             assert_eq!(stands().await, before, "after {writes} writes");
         }
         let kind = database.map_or("sqlite", |_| "postgresql");
