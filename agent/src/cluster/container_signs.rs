@@ -94,15 +94,14 @@ pub(super) fn died(container: &Running<'_>, snapshot: &Snapshot, deaths: i32) ->
 /// What the kubelet says of a `postStart` hook that failed, for which it ended the container. It may say no more than that. In a
 /// program that has ended by itself the hook fails too.
 fn failed_hook(container: &Running<'_>, snapshot: &Snapshot, death: Death<'_>) -> Option<String> {
-    let was_ended = matches!(death.exit_code, 0 | 129..);
-    let told = snapshot
-        .events_of(uid(container.pod))
-        .filter(|event| is_about(event, &container.status.name))
-        .find(|event| {
-            event.reason.as_deref() == Some("FailedPostStartHook")
-                && last_seen(event) >= death.began
-        })
-        .filter(|_| was_ended)?;
+    if !matches!(death.exit_code, 0 | 129..) {
+        return None;
+    }
+    let told = snapshot.events_of(uid(container.pod)).find(|event| {
+        event.reason.as_deref() == Some("FailedPostStartHook")
+            && is_about(event, &container.status.name)
+            && last_seen(event) >= death.began
+    })?;
     let says = message(told);
     Some(match says == "PostStartHook failed" {
         true => String::new(),

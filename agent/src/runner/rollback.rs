@@ -170,8 +170,9 @@ impl Line<'_> {
         let store = &self.agent.store;
         let log = self.log.stage(Stage::Rollback);
         let scope = self.unstopped(&log);
-        let is_first = self.serving().await?.is_none();
-        let goal = self.goal(failed).await?;
+        let serving = self.serving().await?;
+        let is_first = serving.is_none();
+        let goal = self.goal(serving, failed).await?;
         let ended = |outcome, cause| {
             Some(Ended {
                 status,
@@ -244,8 +245,12 @@ impl Line<'_> {
     }
 
     /// What is to be put back after a failed release; None where nothing was there before it.
-    async fn goal(&self, failed: &Release) -> anyhow::Result<Option<Release>> {
-        match self.serving().await? {
+    async fn goal(
+        &self,
+        serving: Option<Release>,
+        failed: &Release,
+    ) -> anyhow::Result<Option<Release>> {
+        match serving {
             Some(release) if release.id != failed.id => Ok(Some(release)),
             Some(_) => Ok(None),
             None => self.adopted().await,
@@ -467,7 +472,7 @@ impl Line<'_> {
         };
         let touched = self.agent.store.touched(self.build.id).await?;
         let by_hand = deploy::undo_hint(&failed.namespace, &touched);
-        let goal = self.goal(&failed).await?;
+        let goal = self.goal(self.serving().await?, &failed).await?;
         Ok(rollback_hint(environment, goal.as_ref(), why, by_hand))
     }
 

@@ -97,18 +97,15 @@ pub async fn run(
     };
     let created = &ground.created;
     let live = review(scope, &cluster, &mut release, &rendered.places, created).await?;
+    let lacking = live.iter().filter(|live| lacks_pods(live));
+    let lacking: BTreeSet<String> = lacking.map(display_name).collect();
     let found = match &ground.serving {
         Some(_) => None,
-        None => found(&release, live.clone()),
+        None => found(&release, live),
     };
     let stands = ground.serving.as_ref().or(found.as_ref());
     if let Some(stands) = stands.filter(|_| ground.is_at_rest) {
-        let lacks = |target: &Watched| {
-            let is_it = |live: &&Value| {
-                Kind::of(kind(live)) == Some(target.kind) && name(live) == target.name
-            };
-            live.iter().find(is_it).is_some_and(lacks_pods)
-        };
+        let lacks = |target: &Watched| lacking.contains(&target.display_name());
         let look = unwell(scope, &cluster, stands, lacks);
         release.unwell = limited(scope, "the plan", LIMIT, look).await?;
     }

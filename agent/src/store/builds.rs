@@ -349,15 +349,10 @@ impl Store {
 
     /// An error where another agent has taken the build over.
     pub async fn ensure_held(&self, build: &Build) -> anyhow::Result<()> {
-        let is_held = self.is_held(build).await?;
-        anyhow::ensure!(is_held, "build #{} is no longer ours", build.id);
-        Ok(())
-    }
-
-    pub async fn is_held(&self, build: &Build) -> anyhow::Result<bool> {
         let known: Option<i64> = on!(&self.main, pool => sqlx::query_scalar("SELECT id FROM builds WHERE id = $1 AND fence = $2 AND status = 'running'")
             .bind(build.id).bind(build.fence).fetch_optional(pool).await?);
-        Ok(known.is_some())
+        anyhow::ensure!(known.is_some(), "build #{} is no longer ours", build.id);
+        Ok(())
     }
 
     /// Says why a build fails while it still runs: its rollback comes next, and may be gone on with by another agent.

@@ -87,6 +87,22 @@ macro_rules! newest {
     };
 }
 
+/// Queues the push of an earlier build once more, behind all that waits; the number of its new build.
+macro_rules! push_again {
+    ($tx:ident, $id:expr, $environment:expr, $at:ident) => {{
+        let row = sqlx::query(super::builds::PUSH_OF)
+            .bind($id)
+            .fetch_one(&mut *$tx)
+            .await?;
+        let push = super::builds::push!(row);
+        let build = NewBuild {
+            ends_others: false,
+            ..NewBuild::without_delivery($environment, &push, BuildKind::Push)
+        };
+        super::builds::insert!($tx, build, $at)
+    }};
+}
+
 /// The numbers that people see, and the lock under which pushes are told apart: whoever numbers a build next has seen
 /// every earlier one.
 macro_rules! numbers {
@@ -548,10 +564,7 @@ impl Store {
                      OR o.commit_id = s.commit_id AND o.status <> 'superseded'))")
                 .bind(&stale.environment).bind(&stale.branch).bind(head.unwrap_or_default()).bind(stale.id).fetch_one(&mut *tx).await?;
             let Some(gave_way) = gave_way else { return Ok(None) };
-            let row = sqlx::query(super::builds::PUSH_OF).bind(gave_way).fetch_one(&mut *tx).await?;
-            let push = super::builds::push!(row);
-            let build = NewBuild { ends_others: false, ..NewBuild::without_delivery(&stale.environment, &push, BuildKind::Push) };
-            let id = super::builds::insert!(tx, build, at);
+            let id = push_again!(tx, gave_way, &stale.environment, at);
             tx.commit().await?;
             id
         });
@@ -582,10 +595,7 @@ impl Store {
                      OR o.kind = 'push' AND o.commit_id = b.commit_id)))")
                 .bind(environment).bind(branch).fetch_optional(&mut *tx).await?;
             let Some(held_back) = held_back else { return Ok(None) };
-            let row = sqlx::query(super::builds::PUSH_OF).bind(held_back).fetch_one(&mut *tx).await?;
-            let push = super::builds::push!(row);
-            let build = NewBuild { ends_others: false, ..NewBuild::without_delivery(environment, &push, BuildKind::Push) };
-            let id = super::builds::insert!(tx, build, at);
+            let id = push_again!(tx, held_back, environment, at);
             tx.commit().await?;
             id
         });
