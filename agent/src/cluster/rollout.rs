@@ -368,7 +368,8 @@ impl History {
                     .moved
                     .as_ref()
                     .map_or(Duration::ZERO, |(_, at)| since(*at, snapshot.now));
-                let tried_again = still >= seen.saturating_sub(still);
+                let tried_for = seen.saturating_sub(still);
+                let tried_again = still >= tried_for + tried_for / 2;
                 let may_get_room = snapshot.anything_terminating() || snapshot.others_are_leaving;
                 let has_lasted = seen >= patience && still >= patience;
                 has_lasted && tried_again && !may_get_room

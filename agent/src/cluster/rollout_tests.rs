@@ -162,6 +162,27 @@ fn what_may_pass_is_waited_for() {
     }
 }
 
+/// Each wait of a ReplicaSet's controller is twice the one before: after 20 s of refusals it tries again at about 41 s.
+#[test]
+fn a_quota_that_came_free_late_is_waited_for_until_the_controller_tries_again() {
+    let documents = documents("quota.early");
+    let target = target(&snapshot(&documents, 2));
+    let mut history = History::default();
+    for second in 2..=60 {
+        let mut seen = snapshot(&documents, second);
+        // Something moves until then.
+        let moving = format!("node-{}", second.min(20));
+        seen.pods[0].spec.as_mut().unwrap().node_name = Some(moving);
+        let verdict = judge(&target, &seen, false, &mut history);
+        if let Verdict::Failed(cause) = verdict {
+            assert_eq!(cause.id, "quota_exceeded");
+            assert!((45..=50).contains(&second), "after {second} s");
+            return;
+        }
+    }
+    panic!("no verdict");
+}
+
 #[test]
 fn what_does_not_pass_is_failed_in_its_time() {
     for (name, seconds, id, says) in [

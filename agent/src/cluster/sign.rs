@@ -32,7 +32,7 @@ pub enum Patience {
     /// Seen for so long.
     Seen(Duration),
     /// Seen for so long while nothing of the workload moved and none of its pods was on its way out. A controller that failed
-    /// tries again after about as long as it has tried: it must be still for as long as it was not.
+    /// tries again after about as long as it has tried (each wait is twice the one before): it must be still for half as long again as it was not.
     Quiet(Duration),
     /// Seen for much longer than the last good releases took, and for what its own probes allow.
     Unlike(Duration),
