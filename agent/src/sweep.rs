@@ -7,11 +7,12 @@ use std::collections::HashSet;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
 use crate::builds::{Millis, now};
+use crate::fail_point;
 use crate::git::process::mirror_of;
 use crate::runner::Agent;
 use crate::stages::{image, test};
@@ -19,6 +20,10 @@ use crate::stages::{image, test};
 const EVERY: Duration = Duration::from_secs(60);
 /// To add up what all logs and images take is not for every turn.
 const THOROUGH_EVERY: u64 = 60;
+/// Turns.
+const BY_AGE_AFTER: u64 = 6;
+/// Smaller ones are corrections; milliseconds.
+const CLOCK_STEP_MIN: u64 = 60_000;
 /// Engines answer slowly while they build.
 const ENGINE_MAX: Duration = Duration::from_secs(60);
 const YOUNG_DAYS: u64 = 7;
@@ -26,10 +31,19 @@ const DAY: Millis = 24 * 60 * 60 * 1000;
 
 /// Sweeps until `shutdown` fires. What cannot be removed is tried again the next time.
 pub async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
-    for turn in 0_u64.. {
+    let mut clock = Clock::read();
+    let mut steady_turns = 0;
+    loop {
+        steady_turns = if clock.is_steady() {
+            steady_turns + 1
+        } else {
+            0
+        };
+        let is_thorough = steady_turns == 1 || steady_turns % THOROUGH_EVERY == BY_AGE_AFTER;
+        let at = (steady_turns >= BY_AGE_AFTER).then(now);
         tokio::select! {
             () = shutdown.cancelled() => return,
-            () = sweep(&agent, turn.is_multiple_of(THOROUGH_EVERY)) => {}
+            () = sweep(&agent, is_thorough, at) => {}
         }
         tokio::select! {
             () = shutdown.cancelled() => return,
@@ -38,14 +52,47 @@ pub async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
     }
 }
 
-async fn sweep(agent: &Agent, is_thorough: bool) {
+/// What goes by its age goes by this machine's clock, which may be wrong until the machine has asked for the time: nothing goes
+/// in the first minutes, nor in those after the clock was set.
+struct Clock {
+    wall: Millis,
+    steady: Instant,
+}
+
+impl Clock {
+    fn read() -> Self {
+        Self {
+            wall: now(),
+            steady: Instant::now(),
+        }
+    }
+
+    /// Whether it went on as time does since it was asked last.
+    fn is_steady(&mut self) -> bool {
+        let before = std::mem::replace(self, Self::read());
+        let passed = self.steady.duration_since(before.steady).as_millis();
+        let passed = Millis::try_from(passed).unwrap_or(Millis::MAX);
+        let is_steady = (self.wall - before.wall).abs_diff(passed) < CLOCK_STEP_MIN;
+        if !is_steady {
+            tracing::warn!(
+                "this machine's clock was set: nothing is swept for its age for some minutes"
+            );
+        }
+        is_steady
+    }
+}
+
+/// `at`: the time, where the clock is believed.
+async fn sweep(agent: &Agent, is_thorough: bool, at: Option<Millis>) {
     report("work folders", work_folders(agent).await);
     report("containers and images of tests", engine(agent).await);
     report("mirrors", mirrors(agent).await);
     if is_thorough {
-        report("images", images(agent).await);
-        report("logs", logs(agent).await);
-        report("builds", builds(agent).await);
+        report("images", images(agent, at).await);
+        report("logs", logs(agent, at).await);
+        if let Some(at) = at {
+            report("builds", builds(agent, at).await);
+        }
     }
 }
 
@@ -86,6 +133,7 @@ async fn engine(agent: &Agent) -> anyhow::Result<usize> {
         !running.contains(&left.build) && left.owner == test::owner(&agent.work_dir(left.build))
     });
     tokio::time::timeout(ENGINE_MAX, test::remove_left(docker, &left)).await??;
+    fail_point::at("sweep: engine cleaned");
     Ok(left.len())
 }
 
@@ -112,7 +160,10 @@ async fn remove_folders(folders: impl Iterator<Item = PathBuf>) -> anyhow::Resul
     let (mut removed, mut first) = (0, Ok(()));
     for folder in folders {
         match tokio::fs::remove_dir_all(&folder).await {
-            Ok(()) => removed += 1,
+            Ok(()) => {
+                fail_point::at("sweep: folder removed");
+                removed += 1;
+            }
             Err(error) => {
                 let error = anyhow::Error::new(error).context(folder.display().to_string());
                 first = first.and(Err(error));
@@ -122,20 +173,14 @@ async fn remove_folders(folders: impl Iterator<Item = PathBuf>) -> anyhow::Resul
     first.map(|()| removed)
 }
 
-/// At least one stays, whatever agent.yaml says: a build that runs may need it.
-async fn images(agent: &Agent) -> anyhow::Result<usize> {
-    let kept = agent.config.retention.images.max(1);
-    let mut removed = 0;
-    for environment in &agent.config.environments {
-        let asked = image::remove_old(&agent.config.docker, environment, kept);
-        removed += tokio::time::timeout(ENGINE_MAX, asked).await??;
-    }
-    Ok(removed)
+async fn images(agent: &Agent, at: Option<Millis>) -> anyhow::Result<usize> {
+    let days = at.map_or(u64::MAX, |_| agent.config.retention.image_days);
+    tokio::time::timeout(ENGINE_MAX, image::remove_old(&agent.config, days)).await?
 }
 
-async fn logs(agent: &Agent) -> anyhow::Result<usize> {
+async fn logs(agent: &Agent, at: Option<Millis>) -> anyhow::Result<usize> {
     let retention = &agent.config.retention;
-    let ended_before = days_ago(retention.log_days)?;
+    let ended_before = at.map_or(0, |at| days_before(at, retention.log_days));
     agent
         .store
         .sweep_logs(ended_before, retention.log_bytes)
@@ -143,15 +188,17 @@ async fn logs(agent: &Agent) -> anyhow::Result<usize> {
 }
 
 /// What is young stays, whatever agent.yaml says: GitHub may send it again, and may not have been told of it.
-async fn builds(agent: &Agent) -> anyhow::Result<usize> {
+async fn builds(agent: &Agent, at: Millis) -> anyhow::Result<usize> {
     let retention = &agent.config.retention;
-    let (before, young) = (days_ago(retention.build_days)?, days_ago(YOUNG_DAYS)?);
+    let before = days_before(at, retention.build_days);
+    let young = days_before(at, YOUNG_DAYS);
     let kept = i64::try_from(retention.builds)?;
     agent.store.sweep_builds(before, kept, young).await
 }
 
-fn days_ago(days: u64) -> anyhow::Result<Millis> {
-    Ok(now().saturating_sub(Millis::try_from(days)?.saturating_mul(DAY)))
+fn days_before(at: Millis, days: u64) -> Millis {
+    let days = Millis::try_from(days).unwrap_or(Millis::MAX);
+    at.saturating_sub(days.saturating_mul(DAY))
 }
 
 /// Empty where the folder is missing.
@@ -162,5 +209,23 @@ fn entries(folder: &Path) -> std::io::Result<Vec<(OsString, PathBuf)>> {
             .collect(),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_that_was_set_is_noticed_and_not_believed() {
+        let mut clock = Clock::read();
+        assert!(clock.is_steady());
+        for step in [-3_600_000, 3_600_000, 315_360_000_000] {
+            clock.wall += step;
+            assert!(!clock.is_steady());
+            assert!(clock.is_steady());
+        }
+        clock.wall += 5_000;
+        assert!(clock.is_steady(), "a correction");
     }
 }

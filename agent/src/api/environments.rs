@@ -13,8 +13,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::{
-    ADMIN, ApiError, accepted, as_pushed, current_build, enqueue, read_body, unknown_environment,
-    view,
+    ADMIN, ApiError, accepted, as_pushed, current_build, read_body, unknown_environment, view,
 };
 use crate::app::App;
 use crate::builds::BuildKind;
@@ -138,23 +137,20 @@ pub async fn pin(
 /// Lets it go; where something else than what serves was pushed meanwhile, the branch's head is built.
 pub async fn unpin(State(app): State<App>, Path(name): Path<String>) -> Result<Response, ApiError> {
     let environment = find(&app, &name)?;
-    if !app.store.unpin(&environment.name, ADMIN).await? {
+    let head = as_pushed(environment, String::new(), String::new());
+    let Some(let_go) = app.store.unpin(&environment.name, &head).await? else {
         return Err(ApiError::new(
             StatusCode::CONFLICT,
             format!("{name} is not pinned"),
         ));
+    };
+    match let_go.build {
+        Some(id) => accepted(&app, id).await,
+        None => {
+            let answer = json!({"environment": environment.name, "pinned": null, "build": null});
+            Ok(axum::response::IntoResponse::into_response(Json(answer)))
+        }
     }
-    let (serving, _) = app.store.deployed(&environment.name).await?;
-    let pushed = app
-        .store
-        .newest_push(&environment.name, &environment.branch)
-        .await?;
-    if pushed.is_none() || pushed == serving {
-        let answer = Json(json!({"environment": environment.name, "pinned": null, "build": null}));
-        return Ok(axum::response::IntoResponse::into_response(answer));
-    }
-    let push = as_pushed(environment, String::new(), String::new());
-    enqueue(&app, &environment.name, &push, BuildKind::Manual).await
 }
 
 fn find<'a>(app: &'a App, name: &str) -> Result<&'a Environment, ApiError> {

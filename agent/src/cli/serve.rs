@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use sha2::{Digest, Sha256};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -76,7 +77,11 @@ async fn start(config_path: &Path) -> anyhow::Result<Serving> {
         store: store.clone(),
         work: config.data_dir.join("work").join(&name),
         exe: crate::git::process::own_exe()?,
-        holder: format!("{name}.{}", own_secret::random_hex()?),
+        holder: format!(
+            "{name}{}.{}",
+            place(&config.data_dir)?,
+            own_secret::random_hex()?
+        ),
         stopping: CancellationToken::new(),
     };
     let app = App {
@@ -188,6 +193,19 @@ async fn wait_for_signal() {
 fn folder_name(data_dir: &Path) -> anyhow::Result<String> {
     let id = own_secret::read_or_make(&data_dir.join("agent-id"))?;
     Ok(id.chars().take(8).collect())
+}
+
+/// Tells a folder from its copy, on this machine or another (a cloned one, a container): by its inode, by the name of the machine
+/// and by its start.
+fn place(data_dir: &Path) -> anyhow::Result<String> {
+    use std::os::unix::fs::MetadataExt;
+    let folder = std::fs::metadata(data_dir)?;
+    let started = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let machine = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let place = format!("{}:{}:{machine}:{started}", folder.dev(), folder.ino());
+    let mut digits = hex::encode(Sha256::digest(place));
+    digits.truncate(8);
+    Ok(digits)
 }
 
 /// The token for writes: made at the first start.

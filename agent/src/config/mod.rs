@@ -129,6 +129,10 @@ pub struct Retention {
     pub log_bytes: u64,
     /// The newest images of each repository that stay on the engine; the registry's are its own affair.
     pub images: usize,
+    /// After an image was made.
+    pub image_days: u64,
+    /// Of all our images together, as the engine counts each; the oldest go first. The newest of each repository stays.
+    pub image_bytes: u64,
     /// Of builds that were superseded or skipped, and of what was delivered; never less than a week.
     pub build_days: u64,
     /// Beyond so many of the newest such builds and deliveries go too, once they are a week old.
@@ -141,6 +145,8 @@ impl Default for Retention {
             log_days: 90,
             log_bytes: 10 << 30,
             images: 10,
+            image_days: 90,
+            image_bytes: 50 << 30,
             build_days: 365,
             builds: 100_000,
         }

@@ -21,12 +21,16 @@ pub fn variables_for_git() -> impl Iterator<Item = (&'static str, std::ffi::OsSt
         .filter_map(|name| Some((name, std::env::var_os(name)?)))
 }
 
-/// `LANDFALL_FAIL_POINT=NAME:COUNT`, of the tests.
+/// `LANDFALL_FAIL_POINT=NAME:COUNT` or `NAME:COUNT:panic`, of the tests: which, when, and whether it panics.
 #[cfg(debug_assertions)]
-pub fn fail_point() -> Option<(String, u64)> {
+pub fn fail_point() -> Option<(String, u64, bool)> {
     let wanted = std::env::var("LANDFALL_FAIL_POINT").ok()?;
+    let (wanted, panics) = match wanted.strip_suffix(":panic") {
+        Some(wanted) => (wanted, true),
+        None => (wanted.as_str(), false),
+    };
     let (name, count) = wanted.rsplit_once(':')?;
-    Some((name.to_owned(), count.parse().ok()?))
+    Some((name.to_owned(), count.parse().ok()?, panics))
 }
 
 /// Which of our own lines the operator wants to see: `LANDFALL_LOG`, then `RUST_LOG`, in the words of `EnvFilter`.

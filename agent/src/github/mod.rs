@@ -208,15 +208,28 @@ struct Teller {
 }
 
 /// Who waits now.
-#[derive(Default)]
 struct Waiting {
+    /// Until when at least.
+    next_at: Millis,
     everyone: bool,
     repositories: HashSet<String>,
     commits: HashSet<(String, String)>,
 }
 
+impl Default for Waiting {
+    fn default() -> Self {
+        Self {
+            next_at: Millis::MAX,
+            everyone: false,
+            repositories: HashSet::new(),
+            commits: HashSet::new(),
+        }
+    }
+}
+
 impl Waiting {
-    fn add(&mut self, whom: Whom, build: &Build) {
+    fn add(&mut self, whom: Whom, build: &Build, until: Millis) {
+        self.next_at = self.next_at.min(until);
         match whom {
             Whom::Everyone => self.everyone = true,
             Whom::Repository => drop(self.repositories.insert(build.repository.clone())),
@@ -246,27 +259,36 @@ impl Teller {
             // Another that led for a while may have said something late of a build that is behind us.
             (self.from, self.rewound) = (0, Instant::now());
         }
-        let open = self.store.untold(self.from, OPEN_MAX).await?;
-        self.from = open.first().map_or(self.from, |first| first.build.id);
         let at = now();
         let mut waiting = Waiting::default();
-        let mut next_at = Millis::MAX;
         // A wait that no honest limit is as long as was counted by a wrong clock.
-        let waits = |one: &&Untold| one.next_at > at && one.next_at <= at + millis(LIMIT_MAX);
-        for one in open.iter().filter(waits) {
-            next_at = next_at.min(one.next_at);
-            waiting.add(
-                Whom::of(one.problem.as_deref().unwrap_or_default()),
-                &one.build,
-            );
+        for (build, until, problem) in self.store.waiting(at, at + millis(LIMIT_MAX)).await? {
+            if let Ok(Some(build)) = self.store.build(build).await {
+                waiting.add(Whom::of(&problem), &build, until);
+            }
         }
-        for one in &open {
+        let (open, mut more) = self.store.untold(self.from, OPEN_MAX).await?;
+        self.from = open.first().map_or(self.from, |first| first.build.id);
+        let mut is_leading = self.say_of(&open, &mut waiting).await?;
+        // Behind many that wait there may be some that do not.
+        while let Some(from) = more.filter(|_| is_leading && !waiting.everyone) {
+            let open;
+            (open, more) = self.store.untold(from, OPEN_MAX).await?;
+            is_leading = self.say_of(&open, &mut waiting).await?;
+        }
+        let pause = u64::try_from(waiting.next_at.saturating_sub(now())).unwrap_or(0);
+        Ok(Duration::from_millis(pause))
+    }
+
+    /// False where another speaks to GitHub now.
+    async fn say_of(&mut self, open: &[Untold], waiting: &mut Waiting) -> anyhow::Result<bool> {
+        for one in open {
             if waiting.holds(&one.build) {
                 continue;
             }
             // A pass may take minutes: who leads now, and what the build has come to, is asked before each word.
             if !self.store.leads(&self.holder).await? {
-                return Ok(POLL_EVERY);
+                return Ok(false);
             }
             let Some(build) = self.store.build(one.build.id).await? else {
                 continue;
@@ -300,14 +322,11 @@ impl Teller {
                     tracing::warn!(build = one.build.id, repository = %one.build.repository, "GitHub was not told, next try in {wait}: {problem}");
                     let problem = format!("{}: {problem}", whom.as_str());
                     self.store.not_told(one.build.id, at, &problem).await?;
-                    waiting.add(whom, &one.build);
-                    next_at = next_at.min(at);
+                    waiting.add(whom, &one.build, at);
                 }
             }
         }
-        Ok(Duration::from_millis(
-            u64::try_from(next_at.saturating_sub(now())).unwrap_or(0),
-        ))
+        Ok(true)
     }
 
     async fn next(&self, one: &Untold) -> anyhow::Result<Next> {

@@ -27,6 +27,7 @@ use crate::builds::{
 };
 use crate::cluster::availability;
 use crate::config::{Config, Environment};
+use crate::fail_point;
 use crate::manifests::secret_values;
 use crate::release::{Evidence, Release};
 use crate::stages::checkout::Checkout;
@@ -137,6 +138,7 @@ async fn run_logged(
         .await?;
     tracing::info!(build = build.id, status = %ended.status, outcome = %ended.outcome, "build ended");
     remove_work(&agent.work_dir(build.id)).await;
+    fail_point::at("runner: folder removed");
     Ok(())
 }
 

@@ -67,7 +67,7 @@ impl Line<'_> {
             StageError::Agent(error) => {
                 let error = format!("{error:#}");
                 tracing::warn!(build = self.build.id, error, "build errored");
-                (Status::Errored, Cause::new("agent", error))
+                (Status::Errored, of_ourselves(error))
             }
         };
         // It leaves the log, and may hold what a program of ours said last.
@@ -518,6 +518,22 @@ impl Line<'_> {
             outcome,
             cause: Some(cause),
         })))
+    }
+}
+
+/// What kept us from our work.
+fn of_ourselves(error: String) -> Cause {
+    let lower = error.to_lowercase();
+    let is_full = [
+        "no space left on device",
+        "disk quota exceeded",
+        "disk is full",
+    ];
+    match is_full.iter().any(|sign| lower.contains(sign)) {
+        true => Cause::new("disk_full", format!("a disk is full: {error}")).hint(
+            "make room, then `landfall rerun`: `landfall doctor` shows the agent's disk, `docker system df` what the engine holds",
+        ),
+        false => Cause::new("agent", error),
     }
 }
 

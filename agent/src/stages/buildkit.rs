@@ -239,6 +239,10 @@ fn judge(error: &str, steps: &Steps, dockerfile: &str) -> Trouble {
         return Trouble::Away(anyhow!("the build broke off: {error}"));
     }
     let about = failed.map_or(error, |(_, problem)| problem);
+    // Nor is a full disk of the engine, as far as it says so itself.
+    if exit_code(about).is_none() && about.contains("no space left on device") {
+        return Trouble::Final(StageError::Agent(anyhow!("the build broke off: {about}")));
+    }
     let base = failed.and_then(|(name, _)| base_image(name));
     if let Some(base) = base.or_else(|| base_image_of(error)) {
         return base_is_missing(base, about, dockerfile);

@@ -18,7 +18,8 @@ use futures_util::StreamExt;
 
 use super::patience::{Trouble, engine, patiently};
 use super::{Built, CheckedOut, Scope, StageError, StageResult, buildkit, limited};
-use crate::config::{self, Environment};
+use crate::builds::now;
+use crate::config::{Config, Retention};
 use crate::docker;
 use crate::docker::registry::{self, Logins};
 use crate::fail_point;
@@ -65,35 +66,71 @@ pub async fn still_there(scope: &Scope<'_>, built: &Built) -> bool {
         .is_ok_and(|found| found.descriptor.digest.as_deref() == Some(&built.digest))
 }
 
-/// Removes from the engine what it holds of an environment's own images, but the `kept` newest of each repository; how many.
-/// The registry keeps what was pushed, and it is what is deployed and put back.
-pub async fn remove_old(
-    settings: &config::Docker,
-    environment: &Environment,
-    kept: usize,
-) -> anyhow::Result<usize> {
-    let docker = docker::connect(settings).await?;
-    let label = format!("{}={}", buildkit::LABEL_ENVIRONMENT, environment.name);
-    let options = ListImagesOptionsBuilder::default()
-        .filters(&HashMap::from([("label", vec![label])]))
-        .build();
-    let mut images = docker.list_images(Some(options)).await?;
-    images.sort_by_key(|image| std::cmp::Reverse(image.created));
-    let ours = format!("{}/", environment.image_prefix);
-    let tags = images.into_iter().flat_map(|image| image.repo_tags);
-    let mut seen: HashMap<String, usize> = HashMap::new();
-    let mut removed = 0;
-    for tag in tags.filter(|tag| tag.starts_with(&ours)) {
-        let (repository, _) = registry::split(&tag);
-        let seen = seen.entry(repository.to_owned()).or_default();
-        *seen += 1;
-        if *seen > kept {
-            // One that a container uses stays until that is gone.
-            let asked = docker.remove_image(&tag, None::<RemoveImageOptions>, None);
-            removed += usize::from(asked.await.is_ok());
+/// Removes from the engine those images of the agent's environments that `retention` does not keep, with another limit of days;
+/// how many. The registry keeps what was pushed, and it is what is deployed and put back.
+pub async fn remove_old(config: &Config, image_days: u64) -> anyhow::Result<usize> {
+    let docker = docker::connect(&config.docker).await?;
+    let mut ours = Vec::new();
+    for environment in &config.environments {
+        let label = format!("{}={}", buildkit::LABEL_ENVIRONMENT, environment.name);
+        let options = ListImagesOptionsBuilder::default()
+            .filters(&HashMap::from([("label", vec![label])]))
+            .build();
+        let prefix = format!("{}/", environment.image_prefix);
+        for image in docker.list_images(Some(options)).await? {
+            let (created, bytes) = (image.created, u64::try_from(image.size).unwrap_or(0));
+            let tags = image.repo_tags.into_iter();
+            let tags = tags.filter(|tag| tag.starts_with(&prefix));
+            ours.extend(tags.map(|tag| Tagged {
+                tag,
+                created,
+                bytes,
+            }));
         }
     }
+    let mut removed = 0;
+    let retention = Retention {
+        image_days,
+        ..config.retention.clone()
+    };
+    for tag in outlived(ours, &retention, now() / 1000) {
+        // One that a container uses stays until that is gone.
+        let asked = docker.remove_image(&tag, None::<RemoveImageOptions>, None);
+        removed += usize::from(asked.await.is_ok());
+    }
     Ok(removed)
+}
+
+/// An image of ours on the engine.
+#[derive(Debug, Clone)]
+struct Tagged {
+    tag: String,
+    /// Seconds since 1970.
+    created: i64,
+    bytes: u64,
+}
+
+/// The tags that go. The newest of each repository stays, whatever agent.yaml says: a build that runs may need it.
+fn outlived(mut ours: Vec<Tagged>, kept: &Retention, at: i64) -> Vec<String> {
+    const DAY: i64 = 24 * 60 * 60;
+    ours.sort_by_key(|image| std::cmp::Reverse(image.created));
+    let days = i64::try_from(kept.image_days).unwrap_or(i64::MAX);
+    let since = at.saturating_sub(days.saturating_mul(DAY));
+    let (mut seen, mut bytes) = (HashMap::<String, usize>::new(), 0_u64);
+    let goes = |image: &Tagged| {
+        let seen = seen
+            .entry(registry::split(&image.tag).0.to_owned())
+            .or_default();
+        *seen += 1;
+        bytes = bytes.saturating_add(image.bytes);
+        let is_too_much = *seen > kept.images || image.created < since || bytes > kept.image_bytes;
+        *seen > 1 && is_too_much
+    };
+    let gone = ours.into_iter().filter_map({
+        let mut goes = goes;
+        move |image| goes(&image).then_some(image.tag)
+    });
+    gone.collect()
 }
 
 /// How long the registry may take to say whether it has an image.
@@ -271,6 +308,36 @@ mod tests {
         );
         assert_eq!(digest_in("k: digest: sha256:short size: 1"), None);
         assert_eq!(digest_in("Pushed"), None);
+    }
+
+    #[test]
+    fn images_go_by_number_by_age_and_by_what_they_take_and_the_newest_of_each_repository_stays() {
+        let day = 24 * 60 * 60;
+        let image = |name: &str, days_old: i64| Tagged {
+            tag: name.to_owned(),
+            created: -days_old * day,
+            bytes: 100,
+        };
+        let ours = vec![
+            image("r/a:4", 4),
+            image("r/a:1", 1),
+            image("r/a:2", 2),
+            image("r/b:3", 3),
+        ];
+        let gone = |images, image_days, image_bytes| {
+            let kept = Retention {
+                images,
+                image_days,
+                image_bytes,
+                ..Retention::default()
+            };
+            outlived(ours.clone(), &kept, 0)
+        };
+        assert!(gone(3, 5, 400).is_empty());
+        assert_eq!(gone(2, 5, 400), ["r/a:4"], "by number");
+        assert_eq!(gone(3, 3, 400), ["r/a:4"], "by age");
+        assert_eq!(gone(3, 5, 399), ["r/a:4"], "by what they take");
+        assert_eq!(gone(0, 0, 0), ["r/a:2", "r/a:4"]);
     }
 
     #[test]

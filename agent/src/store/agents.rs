@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::Store;
 use super::dialect::{Db, on};
 use crate::builds::Build;
+use crate::fail_point;
 
 /// For how long an agent is believed after its last word.
 pub const LEASE: Duration = Duration::from_secs(15);
@@ -36,12 +37,14 @@ impl Store {
             // Long dead.
             sqlx::query(concat!("DELETE FROM agents WHERE seen_at < ", clock!(), " - 86400000")).execute(pool).await?;
         });
+        fail_point::at("store: renew");
         Ok(())
     }
 
     /// The agent ends: what it leaves can be taken at once.
     pub async fn leave(&self, holder: &str) -> anyhow::Result<()> {
         on!(&self.main, pool => sqlx::query("DELETE FROM agents WHERE holder = $1").bind(holder).execute(pool).await?.rows_affected());
+        fail_point::at("store: leave");
         self.notify();
         Ok(())
     }
@@ -90,6 +93,7 @@ impl Store {
     pub async fn hand_over(&self, build: &Build) -> anyhow::Result<()> {
         on!(&self.main, pool => sqlx::query("UPDATE builds SET holder = NULL WHERE id = $1 AND fence = $2 AND status = 'running'")
             .bind(build.id).bind(build.fence).execute(pool).await?.rows_affected());
+        fail_point::at("store: hand_over");
         self.notify();
         Ok(())
     }

@@ -278,11 +278,13 @@ impl Store {
         Ok(None)
     }
 
-    /// Only reads, so that a queue with nothing to do keeps no delivery from being written.
+    /// Only reads, so that a queue with nothing to do keeps no delivery from being written. Of a kind that only a newer agent
+    /// knows it is none.
     async fn next_in_turn(&self, only_back: bool) -> anyhow::Result<Option<i64>> {
         let at = now();
         Ok(on!(&self.main, pool => sqlx::query_scalar(
-                "SELECT b.id FROM builds b WHERE b.status = 'queued' AND (NOT $1 OR b.kind IN ('undo', 'redo')) AND NOT EXISTS \
+                "SELECT b.id FROM builds b WHERE b.status = 'queued' AND b.kind IN ('push', 'manual', 'rerun', 'undo', 'redo') \
+                 AND (NOT $1 OR b.kind IN ('undo', 'redo')) AND NOT EXISTS \
                  (SELECT 1 FROM builds r WHERE r.environment = b.environment AND r.status = 'running') \
                  AND (b.kind <> 'push' OR b.queued_at < $2 OR b.queued_at > $3 OR NOT EXISTS \
                  (SELECT 1 FROM builds o WHERE o.superseded_by = b.id)) AND ($4 = '' OR $4 LIKE '%,' || b.environment || ',%') \
@@ -389,7 +391,8 @@ impl Store {
                 super::environments::hold!(tx, lock, &build.environment);
             }
             let rows = sqlx::query(
-                "UPDATE builds SET status = $3, outcome = $4, cause = $5, finished_at = $6 WHERE id = $1 AND fence = $2 AND status = 'running'")
+                "UPDATE builds SET status = $3, outcome = $4, cause = $5, \
+                 finished_at = CASE WHEN $6 < started_at THEN started_at ELSE $6 END WHERE id = $1 AND fence = $2 AND status = 'running'")
                 .bind(build.id).bind(build.fence).bind(status.as_str()).bind(outcome.as_str()).bind(&cause).bind(now())
                 .execute(&mut *tx).await?.rows_affected();
             if rows == 1 && is_lost_undo {
@@ -424,6 +427,7 @@ impl Store {
                 .bind(at).bind(actor).bind(&build.environment).bind(id).execute(&mut *tx).await?;
             tx.commit().await?;
         });
+        fail_point::at("store: cancel");
         self.notify();
         Ok(Some(build.status))
     }
@@ -478,6 +482,7 @@ impl Store {
             .bind(build.id).bind(stage.as_str()).bind(baton).bind(build.fence)
             .execute(pool).await?.rows_affected());
         anyhow::ensure!(rows == 1, "build #{} is no longer ours", build.id);
+        fail_point::at("store: keep_baton");
         Ok(())
     }
 
@@ -490,7 +495,7 @@ impl Store {
         baton: Option<&str>,
     ) -> anyhow::Result<()> {
         let rows = on!(&self.main, pool => sqlx::query(
-                "UPDATE stages SET status = $3, done_at = $4, baton = COALESCE($5, baton) WHERE build_id = $1 AND stage = $2 AND \
+                "UPDATE stages SET status = $3, done_at = CASE WHEN $4 < begun_at THEN begun_at ELSE $4 END, baton = COALESCE($5, baton) WHERE build_id = $1 AND stage = $2 AND \
                  EXISTS (SELECT 1 FROM builds WHERE id = $1 AND fence = $6)")
             .bind(build.id).bind(stage.as_str()).bind(status.as_str()).bind(now()).bind(baton).bind(build.fence)
             .execute(pool).await?.rows_affected());

@@ -13,6 +13,7 @@ use sqlx::{ConnectOptions, Connection};
 use super::environments::settle_pin;
 use super::{lock, make_private_dir};
 use crate::builds::now;
+use crate::fail_point;
 
 /// The databases of a data folder, in the order in which they are copied: no log is there without its build.
 const DATABASES: [&str; 2] = ["logs.db", "landfall.db"];
@@ -21,6 +22,8 @@ const BUILDS: &str = "landfall.db";
 const SECRETS: [&str; 2] = ["admin-token", "seal-key"];
 /// A store's builds on their way into place.
 const HALF: &str = "landfall.db.restored";
+/// Where what stood there is moved, with the time.
+const ASIDE: &str = "before-restore-";
 /// What SQLite keeps beside a database.
 const SIDE_FILES: [&str; 2] = ["-wal", "-shm"];
 
@@ -63,7 +66,15 @@ pub async fn restore(from: &Path, data_dir: &Path) -> anyhow::Result<Option<Path
         check_file(&from.join(name)).await?;
     }
     let _lock = lock(data_dir)?;
-    let aside = data_dir.join(format!("before-restore-{}", now()));
+    let half = data_dir.join(HALF);
+    // Made before the half is: where that is there, a run was cut off, and the newest is its own.
+    let earlier = if half.exists() {
+        newest_aside(data_dir)?
+    } else {
+        None
+    };
+    let aside = earlier.unwrap_or_else(|| data_dir.join(format!("{ASIDE}{}", now())));
+    make_private_dir(&aside)?;
     let side_files = |name: &str| SIDE_FILES.map(|end| format!("{name}{end}"));
     let known = DATABASES.iter().flat_map(|name| {
         let own = std::iter::once((*name).to_owned());
@@ -71,7 +82,6 @@ pub async fn restore(from: &Path, data_dir: &Path) -> anyhow::Result<Option<Path
     });
     let known: Vec<String> = known.chain(SECRETS.map(str::to_owned)).collect();
     // First what takes its time, beside all that stands; from here on until the end no agent begins.
-    let half = data_dir.join(HALF);
     for name in side_files(HALF)
         .into_iter()
         .chain([format!("{HALF}-journal")])
@@ -79,19 +89,19 @@ pub async fn restore(from: &Path, data_dir: &Path) -> anyhow::Result<Option<Path
         remove_if_there(&data_dir.join(name))?;
     }
     copy_whole(&from.join(BUILDS), &half)?;
+    fail_point::at("restore: builds copied");
     end_builds(&half).await?;
     std::fs::File::open(&half)?.sync_all()?;
-    let there = |name: &&String| data_dir.join(name).exists();
-    let had_any = known.iter().any(|name| there(&name));
-    if had_any {
-        make_private_dir(&aside)?;
-    }
-    for name in known.iter().filter(there) {
+    fail_point::at("restore: builds ended");
+    // What is aside already stood there first: in its place is the backup's.
+    let stands = |name: &&String| data_dir.join(name).exists() && !aside.join(name).exists();
+    for name in known.iter().filter(stands) {
         match std::fs::rename(data_dir.join(name), aside.join(name)) {
             // SQLite takes a -wal away with the last who reads.
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             moved => moved.with_context(|| format!("cannot move {name} to {}", aside.display()))?,
         }
+        fail_point::at("restore: moved aside");
     }
     let others = DATABASES
         .iter()
@@ -99,10 +109,24 @@ pub async fn restore(from: &Path, data_dir: &Path) -> anyhow::Result<Option<Path
         .filter(|name| **name != BUILDS);
     for name in others.filter(|name| from.join(name).exists()) {
         copy_whole(&from.join(name), &data_dir.join(name))?;
+        fail_point::at("restore: copied");
     }
     std::fs::rename(&half, data_dir.join(BUILDS)).context("cannot put the builds into place")?;
+    fail_point::at("restore: in place");
     std::fs::File::open(data_dir)?.sync_all()?;
-    Ok(had_any.then_some(aside))
+    let stood_nothing = std::fs::remove_dir(&aside).is_ok();
+    Ok((!stood_nothing).then_some(aside))
+}
+
+fn newest_aside(data_dir: &Path) -> anyhow::Result<Option<PathBuf>> {
+    let mut newest = None;
+    for entry in std::fs::read_dir(data_dir)? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(ASIDE) {
+            newest = newest.max(Some(entry.path()));
+        }
+    }
+    Ok(newest)
 }
 
 fn copy_whole(from: &Path, to: &Path) -> anyhow::Result<()> {

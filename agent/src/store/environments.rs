@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use super::dialect::{on, row};
+use super::intake::NEWEST_PUSH;
 use super::{NewBuild, Store};
 use crate::builds::{Build, BuildKind, Millis, Push, now};
 use crate::fail_point;
@@ -13,6 +14,13 @@ pub struct Pin {
     pub reason: String,
     pub by: String,
     pub at: Millis,
+}
+
+/// An environment that nothing holds any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LetGo {
+    /// Of the branch's head, where that does not serve.
+    pub build: Option<i64>,
 }
 
 fn is_of_an_undo(reason: &str) -> bool {
@@ -124,25 +132,39 @@ impl Store {
             audit!(tx, at, by, "pin", environment, None::<i64>, reason);
             tx.commit().await?;
         });
+        fail_point::at("store: pin");
         self.notify();
         Ok(())
     }
 
-    /// Lets an environment go; false where nothing held it.
-    pub async fn unpin(&self, environment: &str, by: &str) -> anyhow::Result<bool> {
+    /// Lets an environment go and, where the newest push to the branch does not serve, queues `head`: a build of the branch's
+    /// head. None where nothing held it.
+    pub async fn unpin(&self, environment: &str, head: &Push) -> anyhow::Result<Option<LetGo>> {
         let at = now();
-        let held = on!(&self.main, pool, BEGIN, _lock => {
+        let by = &head.pusher;
+        let manual = NewBuild::without_delivery(environment, head, BuildKind::Manual);
+        let let_go = on!(&self.main, pool, BEGIN, _lock => {
             let mut tx = pool.begin_with(BEGIN).await?;
             let held = sqlx::query("UPDATE environments SET pinned_reason = NULL, pinned_by = NULL, pinned_at = NULL WHERE name = $1 AND pinned_at IS NOT NULL")
                 .bind(environment).execute(&mut *tx).await?.rows_affected();
-            if held == 1 {
-                audit!(tx, at, by, "unpin", environment, None::<i64>, "");
+            if held == 0 {
+                return Ok(None);
             }
+            let serving: Option<String> = sqlx::query_scalar("SELECT deployed_commit FROM environments WHERE name = $1")
+                .bind(environment).fetch_one(&mut *tx).await?;
+            let pushed: Option<String> = sqlx::query_scalar(NEWEST_PUSH)
+                .bind(environment).bind(&head.branch).fetch_optional(&mut *tx).await?;
+            let build = match pushed.is_some() && pushed != serving {
+                true => Some(super::builds::insert!(tx, manual, at)),
+                false => None,
+            };
+            audit!(tx, at, by, "unpin", environment, build, "");
             tx.commit().await?;
-            held == 1
+            LetGo { build }
         });
+        fail_point::at("store: unpin");
         self.notify();
-        Ok(held)
+        Ok(Some(let_go))
     }
 
     /// Whether it is not known what stands in an environment, so that it must be settled first.
@@ -368,9 +390,13 @@ mod tests {
             .finish(&build, Status::Skipped, Outcome::Unchanged, Some(&pinned))
             .await
             .unwrap();
-        store.pin("hello", "on fire", "me").await.unwrap();
-        assert_eq!(again().await, None, "it is pinned");
-        store.unpin("hello", "me").await.unwrap();
+        // Whose undo does not come about.
+        let undo = store
+            .bring_back(&push(ONE), "hello", 1, BuildKind::Undo, "undo to release 1")
+            .await
+            .unwrap();
+        assert_eq!(again().await, None, "the undo waits");
+        store.cancel(undo, "me").await.unwrap();
         let id = again().await.unwrap();
         assert_eq!(store.build(id).await.unwrap().unwrap().commit, ONE);
         assert_eq!(again().await, None, "it is on its way");
@@ -389,6 +415,30 @@ mod tests {
         store.cancel(undo, "me").await.unwrap();
         let id = again().await.unwrap();
         assert_eq!(store.build(id).await.unwrap().unwrap().commit, ONE);
+    }
+
+    #[tokio::test]
+    async fn who_lets_an_environment_go_gets_the_head_of_its_branch_in_the_same_moment() {
+        let (_folder, store) = store().await;
+        deliver(&store, ONE).await;
+        let build = store.claim("me", false).await.unwrap().unwrap();
+        let unpin = async || store.unpin("hello", &push("")).await.unwrap();
+        assert_eq!(unpin().await, None, "nothing holds it");
+        store.pin("hello", "on fire", "me").await.unwrap();
+        let pinned = Cause::new("pinned", "hello is pinned");
+        store
+            .finish(&build, Status::Skipped, Outcome::Unchanged, Some(&pinned))
+            .await
+            .unwrap();
+        let id = unpin().await.unwrap().build.unwrap();
+        let head = store.build(id).await.unwrap().unwrap();
+        assert_eq!((head.kind, head.commit.as_str()), (BuildKind::Manual, ""));
+        assert_eq!(store.pinned("hello").await.unwrap(), None);
+
+        // What serves is the newest push: nothing is to be built.
+        store.pin("hello", "on fire", "me").await.unwrap();
+        on!(&store.main, pool => { sqlx::query("UPDATE environments SET deployed_commit = $1").bind(ONE).execute(pool).await.unwrap(); });
+        assert_eq!(unpin().await, Some(LetGo { build: None }));
     }
 
     #[tokio::test]

@@ -35,8 +35,12 @@ row! {
 }
 
 impl Store {
-    /// Builds from number `from` on that GitHub was not told the end of, oldest first.
-    pub async fn untold(&self, from: i64, limit: i64) -> anyhow::Result<Vec<Untold>> {
+    /// Builds from number `from` on that GitHub was not told the end of, oldest first, and the number from which on there are more.
+    pub async fn untold(
+        &self,
+        from: i64,
+        limit: i64,
+    ) -> anyhow::Result<(Vec<Untold>, Option<i64>)> {
         row! {
             struct Raw {
                 id: i64,
@@ -51,6 +55,8 @@ impl Store {
                  FROM builds b LEFT JOIN github_outbox g ON g.build_id = b.id \
                  WHERE b.id >= $1 AND COALESCE(g.told, '') NOT IN ('success', 'failure', 'error', 'silent') ORDER BY b.id LIMIT $2")
             .bind(from).bind(limit).fetch_all(pool).await?);
+        let is_page = i64::try_from(rows.len())? == limit;
+        let more = rows.last().filter(|_| is_page).map(|last| last.id + 1);
         let mut untold = Vec::with_capacity(rows.len());
         for row in rows {
             let build = self.build(row.id).await.inspect_err(|error| {
@@ -66,7 +72,19 @@ impl Store {
                 });
             }
         }
-        Ok(untold)
+        Ok((untold, more))
+    }
+
+    /// Of builds that are not to be told before a later moment than `at`, but by no wrong clock's `latest`: the moment, and why.
+    pub async fn waiting(
+        &self,
+        at: Millis,
+        latest: Millis,
+    ) -> anyhow::Result<Vec<(i64, Millis, String)>> {
+        Ok(on!(&self.main, pool => sqlx::query_as(
+                "SELECT build_id, next_at, COALESCE(problem, '') FROM github_outbox WHERE next_at > $1 AND next_at <= $2 \
+                 AND COALESCE(told, '') NOT IN ('success', 'failure', 'error', 'silent')")
+            .bind(at).bind(latest).fetch_all(pool).await?))
     }
 
     /// GitHub shows it now. `silent`: there is nothing to say of this build.

@@ -61,7 +61,7 @@ pub struct Accepted {
 }
 
 /// The commit of a branch's newest push: neither one that came too late, nor one that was sent again.
-const NEWEST_PUSH: &str = "SELECT b.commit_id FROM builds b WHERE b.environment = $1 AND b.kind = 'push' AND b.branch = $2 \
+pub(super) const NEWEST_PUSH: &str = "SELECT b.commit_id FROM builds b WHERE b.environment = $1 AND b.kind = 'push' AND b.branch = $2 \
     AND (b.superseded_by IS NULL OR b.superseded_by > b.id) AND (b.body_hash = '' OR NOT EXISTS (SELECT 1 FROM builds e \
     WHERE e.commit_id = b.commit_id AND e.environment = $1 AND e.body_hash = b.body_hash AND e.id < b.id AND e.kind = 'push')) \
     ORDER BY b.id DESC LIMIT 1";

@@ -446,7 +446,7 @@ mod sequences {
     use super::*;
     use crate::builds::{Build, Outcome, Push};
     use crate::store::dialect::Db;
-    use crate::store::{Delivery, Store};
+    use crate::store::{Delivery, Filter, Store};
 
     const STEPS: usize = 24;
     const SEQUENCES: u64 = 200;
@@ -571,8 +571,16 @@ mod sequences {
 
         /// Every build as the model has it.
         async fn compare(&self) {
-            for (row, id) in self.queue.rows.iter().zip(&self.ids) {
-                let build = self.store.build(*id).await.unwrap().unwrap();
+            let filter = Filter {
+                environment: Some(self.environment.clone()),
+                limit: Some(200),
+                ..Filter::default()
+            };
+            let mut builds = self.store.builds(&filter).await.unwrap();
+            builds.reverse();
+            assert_eq!(builds.len(), self.ids.len());
+            for ((row, id), build) in self.queue.rows.iter().zip(&self.ids).zip(builds) {
+                assert_eq!(build.id, *id);
                 let superseded_by = row.superseded_by.map(|place| self.ids[place]);
                 assert_eq!(
                     (

@@ -112,7 +112,7 @@ impl Agent {
     }
 
     async fn told(&self, id: i64) -> bool {
-        let open = self.store.untold(0, 1000).await.unwrap();
+        let (open, _) = self.store.untold(0, 1000).await.unwrap();
         open.iter().all(|one| one.build.id != id)
     }
 }
@@ -240,6 +240,14 @@ async fn a_repository_that_is_gone_does_not_stop_the_others() {
     agent.queue("other", "main", B).await;
     agent.states(B, "landfall/other", &["pending"]).await;
     assert!(agent.github.states(A, HELLO).is_empty());
+    // Nor does it with more builds than are looked at together.
+    for number in 0..600 {
+        agent
+            .queue("hello", "main", &format!("{number:040x}"))
+            .await;
+    }
+    agent.queue("other", "main", A).await;
+    agent.states(A, "landfall/other", &["pending"]).await;
 }
 
 #[tokio::test]

@@ -172,14 +172,17 @@ impl Landfall {
         died
     }
 
-    /// At which fail point the agent has ended.
-    pub fn fail_point(&self) -> String {
+    /// At which fail points agents have ended so far.
+    pub fn fail_points(&self) -> Vec<String> {
         let log = fs::read_to_string(self.path("agent.log")).unwrap();
-        let last = log
-            .lines()
-            .rev()
-            .find_map(|line| line.strip_prefix("ended at fail point "));
-        last.unwrap_or("none that it named").to_owned()
+        let named = |line: &str| line.strip_prefix("ended at fail point ").map(str::to_owned);
+        log.lines().filter_map(named).collect()
+    }
+
+    /// SIGTERM; it may still be there.
+    pub fn ask_to_stop(&self) {
+        let pid = self.pid().to_string();
+        assert!(Command::new("kill").arg(pid).status().unwrap().success());
     }
 
     pub fn pid(&self) -> u32 {
@@ -242,15 +245,9 @@ impl Landfall {
 
     /// SIGTERM, and how long it took to end.
     pub fn terminate(&mut self) -> Duration {
+        self.ask_to_stop();
         let mut agent = self.agent.take().expect("the agent runs");
         let begun = std::time::Instant::now();
-        assert!(
-            Command::new("kill")
-                .arg(agent.id().to_string())
-                .status()
-                .unwrap()
-                .success()
-        );
         agent.wait().unwrap();
         begun.elapsed()
     }
@@ -420,19 +417,17 @@ impl Landfall {
 
     /// A write, with the admin token.
     pub async fn write(&self, path: &str, body: Value) -> (u16, Value) {
+        let answer = self.try_write(path, &body).await;
+        answer.expect("the agent answers")
+    }
+
+    /// As `write`; None where nobody answers.
+    pub async fn try_write(&self, path: &str, body: &Value) -> Option<(u16, Value)> {
         let token = fs::read_to_string(self.path("data/admin-token")).unwrap();
-        let answer = self
-            .http
-            .post(self.url(path))
-            .bearer_auth(token.trim())
-            .json(&body)
-            .send()
-            .await
-            .unwrap();
-        (
-            answer.status().as_u16(),
-            answer.json().await.unwrap_or(Value::Null),
-        )
+        let request = self.http.post(self.url(path)).bearer_auth(token.trim());
+        let answer = request.json(body).send().await.ok()?;
+        let status = answer.status().as_u16();
+        Some((status, answer.json().await.unwrap_or(Value::Null)))
     }
 
     pub async fn build(&self, id: i64) -> Value {

@@ -1242,3 +1242,80 @@ async fn no_build_begins_on_a_full_disk_and_they_go_on_with_room() {
     landfall.restart(full, "data_dir: data\n", &[]).await;
     assert_eq!(landfall.end(waits).await["outcome"], "live");
 }
+
+/// The agent's, by a file that says how far it is off: the cluster, Docker and the database keep theirs.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_clock_that_is_set_while_builds_run_spoils_none_and_no_time_is_negative() {
+    let mut landfall = Landfall::start("clock").await;
+    let clock = landfall.path("clock");
+    let set = |offset: &str| std::fs::write(&clock, offset).unwrap();
+    set("+0");
+    let library = glob_one("/usr/lib", "faketime/libfaketimeMT.so.1");
+    let same = "data_dir: data\n";
+    let variables = [
+        ("LD_PRELOAD", library.as_str()),
+        ("FAKETIME_TIMESTAMP_FILE", clock.to_str().unwrap()),
+        ("FAKETIME_NO_CACHE", "1"),
+        ("FAKETIME_DONT_FAKE_MONOTONIC", "1"),
+    ];
+    landfall.restart(same, same, &variables).await;
+    for offset in ["+3600", "+0"] {
+        let page = format!("Hello at {offset}");
+        let build = landfall.push(&[("www/index.html", &page)]).await;
+        landfall.reach(build, "image").await;
+        set(offset);
+        let build = landfall.goes_live(build).await;
+        let at = |of: &serde_json::Value, key: &str| of[key].as_i64().unwrap();
+        assert!(at(&build, "queued_at") > 0);
+        assert!(
+            at(&build, "started_at") <= at(&build, "finished_at"),
+            "{build:#}"
+        );
+        for stage in build["stages"].as_array().unwrap() {
+            assert!(at(stage, "begun_at") <= at(stage, "done_at"), "{stage:#}");
+        }
+        assert_eq!(landfall.served("/").trim(), page);
+    }
+}
+
+/// Faults of our own: nothing but the build that met it ends, and the next one settles what it left.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_panic_ends_its_build_alone_and_the_next_one_puts_right_what_it_left() {
+    let mut landfall = Landfall::start("panic").await;
+    let first = landfall.push(&[]).await;
+    landfall.goes_live(first).await;
+    for (point, outcome) in [
+        ("checkout: fetched:1:panic", "unchanged"),
+        ("cluster: applied:2:panic", "unknown"),
+    ] {
+        landfall.kill();
+        landfall.run_doomed(&[("LANDFALL_FAIL_POINT", point)]);
+        landfall.is_ready().await;
+        let page = format!("Hello before {outcome}");
+        let met = landfall.push(&[("www/index.html", &page)]).await;
+        let met = landfall.end(met).await;
+        assert_eq!(
+            (&met["status"], &met["outcome"], &met["cause"]["id"]),
+            (&"errored".into(), &outcome.into(), &"agent_panicked".into()),
+            "{met:#}"
+        );
+        assert!(landfall.lives(), "{point}");
+        let page = format!("Hello after {outcome}");
+        let next = landfall.push(&[("www/index.html", &page)]).await;
+        landfall.goes_live(next).await;
+        assert_eq!(landfall.served("/").trim(), page);
+    }
+}
+
+/// The one file whose path ends so.
+fn glob_one(root: &str, end: &str) -> String {
+    let found = std::process::Command::new("find")
+        .args([root, "-path", &format!("*/{end}")])
+        .output()
+        .unwrap();
+    let found = String::from_utf8(found.stdout).unwrap();
+    let first = found.lines().next();
+    first
+        .unwrap_or_else(|| panic!("no {end} in {root}: apt-get install faketime"))
+        .to_owned()
+}

@@ -22,6 +22,7 @@ mod outside;
 mod post_receive;
 mod postgres;
 mod registry_proxy;
+mod restore;
 mod sample;
 mod soak;
 mod stand;

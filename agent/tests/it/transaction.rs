@@ -927,7 +927,7 @@ async fn what_failed_before_a_release_is_not_held_against_it_while_it_stays_the_
         landfall.dies_within(Duration::from_secs(20)).await,
         "{code:?} {said}"
     );
-    assert_eq!(landfall.fail_point(), "cluster: applied");
+    assert_eq!(landfall.fail_points(), ["cluster: applied"]);
     landfall.run().await;
     let builds = landfall.get("/api/builds").await;
     let undo = landfall

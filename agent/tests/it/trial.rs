@@ -22,6 +22,8 @@ use crate::support::{eventually, kubectl_command};
 
 /// How long a round lasts where its fail point is not passed; then the agent is killed all the same.
 const ROUND_MAX: Duration = Duration::from_secs(12);
+/// Longer than between two looks at the branch, and than GitHub is told in.
+const REST: Duration = Duration::from_secs(4);
 /// Among the points that are passed in one build.
 const ANY_POINT_MAX: usize = 40;
 /// For everything to come to its end after the last kill.
@@ -49,6 +51,10 @@ struct History {
     served: Vec<Value>,
     /// What GitHub was shown of each commit.
     shown: HashMap<String, Vec<String>>,
+    /// What a person asked for and was answered well, and how often.
+    asked: BTreeMap<String, usize>,
+    /// An undo or a pin may hold the environment.
+    may_be_held: bool,
     /// How often the agent died at each point, or because the round was over ("the clock").
     kills: BTreeMap<String, usize>,
     /// From the last start to the end of the last build.
@@ -84,7 +90,10 @@ fn points() -> Vec<String> {
             }
             let text = std::fs::read_to_string(path).unwrap();
             let named = text.split("fail_point::at(\"").skip(1);
-            points.extend(named.map(|rest| rest.split('"').next().unwrap().to_owned()));
+            let named = named.map(|rest| rest.split('"').next().unwrap());
+            // What serving does not do, or once for an environment, has tests of its own.
+            let is_here = |name: &&str| !name.starts_with("restore: ") && *name != "store: adopt";
+            points.extend(named.filter(is_here).map(str::to_owned));
         }
     }
     let mut points: Vec<_> = points.into_iter().collect();
@@ -132,6 +141,7 @@ async fn run(name: &str, database: Option<&str>) -> History {
         } else {
             format!("*:{}", 1 + random.below(ANY_POINT_MAX))
         };
+        let passed_before = landfall.fail_points().len();
         landfall.run_doomed(&[("LANDFALL_FAIL_POINT", &fail_point)]);
         let begun = Instant::now();
         if random.below(3) == 0 || is_idle {
@@ -140,20 +150,23 @@ async fn run(name: &str, database: Option<&str>) -> History {
             let is_late = random.below(5) == 0;
             push(&mut landfall, &mut history, is_good, is_late).await;
         }
-        let died = landfall
-            .dies_within(ROUND_MAX.saturating_sub(begun.elapsed()))
-            .await;
+        let is_stopped = a_person_acts(&mut landfall, &mut history, &mut random).await;
+        let died = dies_or_rests(&mut landfall, begun + ROUND_MAX).await;
         is_idle = !died;
-        let by = if died {
-            landfall.fail_point()
-        } else {
-            "the clock".to_owned()
+        let mut passed = landfall.fail_points();
+        let by = match (passed.len() > passed_before, died && is_stopped) {
+            (true, _) => passed.pop().unwrap(),
+            (false, true) => "a stop by SIGTERM".to_owned(),
+            (false, false) => "the clock".to_owned(),
         };
         *history.kills.entry(by).or_default() += 1;
     }
 
     let begun = Instant::now();
     landfall.run().await;
+    landfall
+        .write("/api/environments/hello/unpin", json!({}))
+        .await;
     push(&mut landfall, &mut history, true, false).await;
     let head = history.commits.last().unwrap().0.clone();
     eventually("all builds end, and the head serves", END_MAX, async || {
@@ -188,7 +201,12 @@ async fn run(name: &str, database: Option<&str>) -> History {
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
     history.seen.clone_from(&seen.lock().unwrap());
+    let never: Vec<&String> = points
+        .iter()
+        .filter(|point| !history.kills.contains_key(*point))
+        .collect();
     let figure = json!({"seed": seed, "kills": history.kills.values().sum::<usize>(), "points": history.kills,
+        "points_never_passed": never, "asked_by_a_person": history.asked,
         "pushes": history.commits.len(), "builds": history.builds.len(), "ended_after_seconds": history.ended_after.as_secs()});
     keep(&format!("trial_{name}"), &figure);
     history
@@ -224,6 +242,76 @@ async fn push(
         deliver(landfall, history, &commit, &payload).await;
     }
     build
+}
+
+/// Waits until the agent has died; one that lives at `until`, or has had nothing to do for `REST`, is killed. Which of the two.
+async fn dies_or_rests(landfall: &mut Landfall, until: Instant) -> bool {
+    let mut rests_since = None;
+    while landfall.lives() && Instant::now() < until {
+        let answer = landfall.request(reqwest::Method::GET, "/api/builds?limit=5");
+        let page: Option<Value> = match answer.send().await {
+            Ok(answer) => answer.json().await.ok(),
+            Err(_) => None,
+        };
+        let builds = page.as_ref().and_then(|page| page["builds"].as_array());
+        if builds.is_some_and(|builds| builds.iter().all(is_terminal)) {
+            let since = *rests_since.get_or_insert_with(Instant::now);
+            if since.elapsed() >= REST {
+                break;
+            }
+        } else {
+            rests_since = None;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    landfall.dies_within(Duration::ZERO).await
+}
+
+/// Now and then somebody cancels, goes back or forward, holds the environment or lets it go, or stops the agent: whether that.
+async fn a_person_acts(
+    landfall: &mut Landfall,
+    history: &mut History,
+    random: &mut Random,
+) -> bool {
+    let environment = |verb: &str| format!("/api/environments/hello/{verb}");
+    let path = match random.below(12) {
+        0 => match history.accepted.last() {
+            Some((_, build)) => format!("/api/builds/{build}/cancel"),
+            None => return false,
+        },
+        1 => environment("undo"),
+        2 => environment("redo"),
+        3 => environment("pin"),
+        4..8 if history.may_be_held => environment("unpin"),
+        8 => {
+            tokio::time::sleep(Duration::from_millis(random.below(3000) as u64)).await;
+            if landfall.lives() {
+                landfall.ask_to_stop();
+            }
+            return true;
+        }
+        _ => return false,
+    };
+    let begun = Instant::now();
+    while landfall.lives() && begun.elapsed() < Duration::from_secs(3) {
+        let body = json!({"reason": "the trial wishes it"});
+        if let Some((status, _)) = landfall.try_write(&path, &body).await {
+            let verb = path.rsplit('/').next().unwrap();
+            if status < 300 {
+                *history.asked.entry(verb.to_owned()).or_default() += 1;
+            }
+            // Where it was refused nothing is held by it; where nobody answered it may have been done.
+            if verb == "unpin" {
+                history.may_be_held = false;
+            } else if verb != "cancel" {
+                history.may_be_held = true;
+            }
+            break;
+        }
+        history.may_be_held = true;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    false
 }
 
 /// As GitHub does it once; but an agent that is just starting is waited for.
@@ -347,6 +435,12 @@ impl History {
         !self.is_good(commit) || self.builds.iter().any(errored)
     }
 
+    /// How often a person had it brought again: by an undo, a redo, or an unpin that builds the head of the branch.
+    fn asked_for(&self, commit: &str) -> usize {
+        let by_hand = |build: &&Value| build["commit"] == commit && build["kind"] != "push";
+        self.builds.iter().filter(by_hand).count()
+    }
+
     /// Commits as the cluster saw them, each once for each time that it came.
     fn turns(&self) -> Vec<&str> {
         let mut turns: Vec<&str> = self
@@ -365,7 +459,10 @@ impl History {
             let _ = writeln!(all, "  {violation}");
         }
         // What is needed to understand it.
-        let short = |commit: &Value| commit.as_str().unwrap_or_default()[..7].to_owned();
+        let short = |commit: &Value| {
+            let commit = commit.as_str().unwrap_or_default();
+            commit.get(..7).unwrap_or("-").to_owned()
+        };
         for (commit, is_good) in &self.commits {
             let _ = writeln!(all, "pushed {} good: {is_good}", &commit[..7]);
         }
@@ -445,7 +542,8 @@ impl History {
                 .iter()
                 .filter(|one| one["commit"] == commit.as_str() && one["state"] == "live")
                 .count();
-            if served > 1 {
+            let asked_for = self.asked_for(commit);
+            if served > 1 + asked_for {
                 twice.push(format!("{commit} went live {served} times"));
             }
             let turns = self.turns();
@@ -454,7 +552,7 @@ impl History {
                 .windows(2)
                 .filter(|pair| pair[1] == commit && self.is_given_up(pair[0]))
                 .count();
-            if came > back + 1 {
+            if came > back + 1 + asked_for {
                 twice.push(format!("{commit} was deployed {} times", came - back));
             }
         }
@@ -467,7 +565,8 @@ impl History {
         let back = turns
             .windows(2)
             .filter(|pair| self.place(pair[1]) < self.place(pair[0]));
-        let unasked = back.filter(|pair| !self.is_given_up(pair[0]));
+        let unasked =
+            back.filter(|pair| !self.is_given_up(pair[0]) && self.asked_for(pair[1]) == 0);
         self.none(
             &unasked
                 .map(|pair| format!("{} came after {}", pair[1], pair[0]))
@@ -554,11 +653,15 @@ impl History {
     fn p10_no_verdict_but_what_was_seen(&self) {
         let mut wrong = Vec::new();
         for build in &self.builds {
-            let is_good = self.is_good(build["commit"].as_str().unwrap());
             let (status, outcome) = (
                 build["status"].as_str().unwrap(),
                 build["outcome"].as_str().unwrap(),
             );
+            // One that a person asked for by branch, and that ended before it was looked up, has no commit.
+            let is_good = match build["commit"].as_str().unwrap() {
+                "" => false,
+                commit => self.is_good(commit),
+            };
             // One that lost its agent three times in a stage is given up, and says so.
             let is_given_up = status == "errored"
                 && build["cause"]["sentence"]
