@@ -40,7 +40,7 @@ pub async fn run(agent: Arc<Agent>, shutdown: CancellationToken) {
             0
         };
         let is_thorough = steady_turns == 1 || steady_turns % THOROUGH_EVERY == BY_AGE_AFTER;
-        let at = (steady_turns >= BY_AGE_AFTER).then(now);
+        let at = (steady_turns >= BY_AGE_AFTER).then_some(clock.wall);
         tokio::select! {
             () = shutdown.cancelled() => return,
             () = sweep(&agent, is_thorough, at) => {}
@@ -174,8 +174,9 @@ async fn remove_folders(folders: impl Iterator<Item = PathBuf>) -> anyhow::Resul
 }
 
 async fn images(agent: &Agent, at: Option<Millis>) -> anyhow::Result<usize> {
-    let days = at.map_or(u64::MAX, |_| agent.config.retention.image_days);
-    tokio::time::timeout(ENGINE_MAX, image::remove_old(&agent.config, days)).await?
+    let environments = u32::try_from(agent.config.environments.len())?;
+    let limit = ENGINE_MAX.saturating_mul(environments.saturating_add(1));
+    tokio::time::timeout(limit, image::remove_old(&agent.config, at)).await?
 }
 
 async fn logs(agent: &Agent, at: Option<Millis>) -> anyhow::Result<usize> {

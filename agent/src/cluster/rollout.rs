@@ -363,13 +363,17 @@ impl History {
                 seen >= patience.max(TRIED_AGAIN)
             }
             Patience::Seen(patience) => seen >= patience,
-            Patience::Quiet(patience) => {
+            Patience::Quiet(patience) | Patience::QuietOverRetries(patience) => {
                 let still = self
                     .moved
                     .as_ref()
                     .map_or(Duration::ZERO, |(_, at)| since(*at, snapshot.now));
                 let tried_for = seen.saturating_sub(still);
-                let tried_again = still >= tried_for + tried_for / 2;
+                let next_try = match sign.patience {
+                    Patience::QuietOverRetries(_) => tried_for + tried_for / 2,
+                    _ => tried_for,
+                };
+                let tried_again = still >= next_try;
                 let may_get_room = snapshot.anything_terminating() || snapshot.others_are_leaving;
                 let has_lasted = seen >= patience && still >= patience;
                 has_lasted && tried_again && !may_get_room

@@ -31,9 +31,11 @@ pub enum Patience {
     None,
     /// Seen for so long.
     Seen(Duration),
-    /// Seen for so long while nothing of the workload moved and none of its pods was on its way out. A controller that failed
-    /// tries again after about as long as it has tried (each wait is twice the one before): it must be still for half as long again as it was not.
+    /// Seen for so long while nothing of the workload moved and none of its pods was on its way out. Who failed tries again after
+    /// about as long as it has tried: it must be still for as long as it was not.
     Quiet(Duration),
+    /// As `Quiet`, of a controller whose waits each are twice the one before: it must be still for half as long again.
+    QuietOverRetries(Duration),
     /// Seen for much longer than the last good releases took, and for what its own probes allow.
     Unlike(Duration),
     /// It explains a time-out, and no more.

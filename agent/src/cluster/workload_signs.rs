@@ -119,7 +119,7 @@ pub(super) fn refused_pods(snapshot: &Snapshot) -> Option<Sign> {
     let (id, patience, hint) = if has(&["exceeded quota"]) {
         (
             "quota_exceeded",
-            Patience::Quiet(QUOTA_QUIET),
+            Patience::QuietOverRetries(QUOTA_QUIET),
             "ask for less in resources.requests, or raise the namespace's ResourceQuota",
         )
     } else if has(&["denied the request", "ValidatingAdmissionPolicy"]) {

@@ -171,6 +171,8 @@ pub enum ReadAccess {
 pub struct Github {
     /// Default `https://api.github.com`.
     pub api_url: Option<String>,
+    /// The address that the repository's webhook has; default `PUBLIC_URL/webhook`. Only to know it again.
+    pub webhook_url: Option<String>,
     pub token: Option<Secret>,
 }
 

@@ -99,7 +99,10 @@ pub fn registry_is_away(text: &str) -> bool {
         "received unexpected HTTP status: 5",
         "unexpected status: 5",
     ];
-    SIGNS.iter().any(|sign| text.contains(sign)) || text.ends_with(": EOF")
+    // `unexpected status from HEAD request to https://…: 503 Service Unavailable`.
+    let of_request = text.split_once("unexpected status from ");
+    let is_5xx = of_request.is_some_and(|(_, answer)| answer.contains(": 5"));
+    is_5xx || SIGNS.iter().any(|sign| text.contains(sign)) || text.ends_with(": EOF")
 }
 
 #[cfg(test)]

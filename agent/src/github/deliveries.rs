@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use http_body_util::{BodyExt, Limited};
 use jiff::Timestamp;
 use octocrab::Octocrab;
@@ -59,7 +59,10 @@ pub async fn run(config: Arc<Config>, store: Store, holder: String, shutdown: Ca
         // `github::run` has said why.
         return;
     };
-    let url = format!("{}/webhook", config.base_url());
+    let url = match &config.github.webhook_url {
+        Some(url) => url.clone(),
+        None => format!("{}/webhook", config.base_url()),
+    };
     let repositories = config.environments.iter().map(|it| it.repository.clone());
     let repositories: BTreeSet<String> = repositories.collect();
     let mut told = BTreeSet::new();
@@ -102,8 +105,13 @@ async fn ask_again(octocrab: &Octocrab, repository: &str, url: &str) -> anyhow::
     let path = repository_path(repository)
         .with_context(|| format!("{repository:?} is not like owner/name"))?;
     let hooks: Vec<Hook> = get(octocrab, &format!("{path}/hooks?per_page=100")).await?;
+    let ours: Vec<&Hook> = hooks.iter().filter(|hook| hook.config.url == url).collect();
+    ensure!(
+        !ours.is_empty(),
+        "no webhook of it leads to {url}; where GitHub reaches us by another address, name that in `github.webhook_url`"
+    );
     let mut asked = 0;
-    for hook in hooks.iter().filter(|hook| hook.config.url == url) {
+    for hook in ours {
         let deliveries = format!("{path}/hooks/{}/deliveries", hook.id);
         let sent: Vec<Sent> = get(octocrab, &format!("{deliveries}?per_page=100")).await?;
         for id in missing(&sent, Timestamp::now()) {

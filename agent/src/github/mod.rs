@@ -21,7 +21,7 @@ use crate::build_log::Masker;
 use crate::builds::{Build, Millis, Outcome, Status, human_duration, is_commit_id, now};
 use crate::config::{Config, Github, Secret, client_to};
 use crate::fail_point;
-use crate::store::{Siblings, Store, Untold};
+use crate::store::{About, Siblings, Store, Untold, UntoldPage};
 
 const API_URL: &str = "https://api.github.com";
 /// GitHub refuses longer ones.
@@ -208,44 +208,30 @@ struct Teller {
 }
 
 /// Who waits now.
+#[derive(Default)]
 struct Waiting {
-    /// Until when at least.
-    next_at: Millis,
+    /// When the first of these waits ends.
+    first_end: Option<Millis>,
     everyone: bool,
     repositories: HashSet<String>,
     commits: HashSet<(String, String)>,
 }
 
-impl Default for Waiting {
-    fn default() -> Self {
-        Self {
-            next_at: Millis::MAX,
-            everyone: false,
-            repositories: HashSet::new(),
-            commits: HashSet::new(),
-        }
-    }
-}
-
 impl Waiting {
-    fn add(&mut self, whom: Whom, build: &Build, until: Millis) {
-        self.next_at = self.next_at.min(until);
+    fn add(&mut self, whom: Whom, about: About, until: Millis) {
+        self.first_end = Some(self.first_end.map_or(until, |first| first.min(until)));
         match whom {
             Whom::Everyone => self.everyone = true,
-            Whom::Repository => drop(self.repositories.insert(build.repository.clone())),
-            Whom::Commit => drop(self.commits.insert(commit_of(build))),
+            Whom::Repository => drop(self.repositories.insert(about.repository)),
+            Whom::Commit => drop(self.commits.insert(about.commit)),
         }
     }
 
-    fn holds(&self, build: &Build) -> bool {
+    fn holds(&self, about: &About) -> bool {
         self.everyone
-            || self.repositories.contains(&build.repository)
-            || self.commits.contains(&commit_of(build))
+            || self.repositories.contains(&about.repository)
+            || self.commits.contains(&about.commit)
     }
-}
-
-fn commit_of(build: &Build) -> (String, String) {
-    (build.environment.clone(), build.commit.clone())
 }
 
 impl Teller {
@@ -264,31 +250,42 @@ impl Teller {
         // A wait that no honest limit is as long as was counted by a wrong clock.
         for (build, until, problem) in self.store.waiting(at, at + millis(LIMIT_MAX)).await? {
             if let Ok(Some(build)) = self.store.build(build).await {
-                waiting.add(Whom::of(&problem), &build, until);
+                waiting.add(Whom::of(&problem), About::of(&build), until);
             }
         }
-        let (open, mut more) = self.store.untold(self.from, OPEN_MAX).await?;
-        self.from = open.first().map_or(self.from, |first| first.build.id);
-        let mut is_leading = self.say_of(&open, &mut waiting).await?;
-        // Behind many that wait there may be some that do not.
-        while let Some(from) = more.filter(|_| is_leading && !waiting.everyone) {
-            let open;
-            (open, more) = self.store.untold(from, OPEN_MAX).await?;
-            is_leading = self.say_of(&open, &mut waiting).await?;
+        let mut page = self.page(self.from, &waiting).await?;
+        self.from = page.first.unwrap_or(self.from);
+        loop {
+            let was_anything_said = self.say_of(&page.untold, &mut waiting).await?;
+            match page.more {
+                // Who waited when this pass began may wait no longer.
+                Some(_) if was_anything_said => return Ok(Duration::ZERO),
+                // Behind many that wait there may be some that do not.
+                Some(from) if !waiting.everyone => page = self.page(from, &waiting).await?,
+                _ => break,
+            }
         }
-        let pause = u64::try_from(waiting.next_at.saturating_sub(now())).unwrap_or(0);
-        Ok(Duration::from_millis(pause))
+        let pause = waiting.first_end.map_or(POLL_EVERY, |end| {
+            Duration::from_millis(u64::try_from(end - now()).unwrap_or(0))
+        });
+        Ok(pause)
     }
 
-    /// False where another speaks to GitHub now.
+    async fn page(&self, from: i64, waiting: &Waiting) -> anyhow::Result<UntoldPage> {
+        let is_free = |about: &About| !waiting.holds(about);
+        self.store.untold(from, OPEN_MAX, is_free).await
+    }
+
+    /// Whether something was said, or another speaks to GitHub now: then it is time to look anew.
     async fn say_of(&mut self, open: &[Untold], waiting: &mut Waiting) -> anyhow::Result<bool> {
+        let mut was_anything_said = false;
         for one in open {
-            if waiting.holds(&one.build) {
+            if waiting.holds(&About::of(&one.build)) {
                 continue;
             }
             // A pass may take minutes: who leads now, and what the build has come to, is asked before each word.
             if !self.store.leads(&self.holder).await? {
-                return Ok(false);
+                return Ok(true);
             }
             let Some(build) = self.store.build(one.build.id).await? else {
                 continue;
@@ -305,6 +302,10 @@ impl Teller {
                 }
                 Next::Say(word) => word,
             };
+            was_anything_said = true;
+            if word.state != PENDING {
+                self.store.about_to_end(one.build.id).await?;
+            }
             match self.say(one, &word).await {
                 Sent::Told => self.store.told(one.build.id, word.state).await?,
                 Sent::Refused(problem) => {
@@ -322,11 +323,11 @@ impl Teller {
                     tracing::warn!(build = one.build.id, repository = %one.build.repository, "GitHub was not told, next try in {wait}: {problem}");
                     let problem = format!("{}: {problem}", whom.as_str());
                     self.store.not_told(one.build.id, at, &problem).await?;
-                    waiting.add(whom, &one.build, at);
+                    waiting.add(whom, About::of(&one.build), at);
                 }
             }
         }
-        Ok(true)
+        Ok(was_anything_said)
     }
 
     async fn next(&self, one: &Untold) -> anyhow::Result<Next> {

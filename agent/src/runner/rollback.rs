@@ -531,7 +531,7 @@ fn of_ourselves(error: String) -> Cause {
     ];
     match is_full.iter().any(|sign| lower.contains(sign)) {
         true => Cause::new("disk_full", format!("a disk is full: {error}")).hint(
-            "make room, then `landfall rerun`: `landfall doctor` shows the agent's disk, `docker system df` what the engine holds",
+            "make room where it says, then `landfall rerun`: `landfall doctor` shows the agent's disk, `docker system df` what the engine holds",
         ),
         false => Cause::new("agent", error),
     }
@@ -574,4 +574,32 @@ fn with_hint(cause: Cause, more: Option<String>) -> Cause {
         (own, more) => more.or_else(|| own.clone()),
     };
     Cause { hint, ..cause }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_a_cause_of_its_own() {
+        use anyhow::Context;
+        let full = std::io::Error::from_raw_os_error(rustix::io::Errno::NOSPC.raw_os_error());
+        let full = Err::<(), _>(full).context("cannot write data/work/1/tree/a");
+        for error in [
+            format!("{:#}", full.unwrap_err()),
+            "cannot store: error returned from database: (code: 13) database or disk is full"
+                .to_owned(),
+        ] {
+            let cause = of_ourselves(error.clone());
+            assert_eq!(cause.id, "disk_full");
+            assert!(
+                cause.sentence.ends_with(&error) && cause.hint.is_some(),
+                "{cause:?}"
+            );
+        }
+        assert_eq!(
+            of_ourselves("Docker does not answer".to_owned()).id,
+            "agent"
+        );
+    }
 }

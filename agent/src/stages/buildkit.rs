@@ -239,13 +239,15 @@ fn judge(error: &str, steps: &Steps, dockerfile: &str) -> Trouble {
         return Trouble::Away(anyhow!("the build broke off: {error}"));
     }
     let about = failed.map_or(error, |(_, problem)| problem);
-    // Nor is a full disk of the engine, as far as it says so itself.
-    if exit_code(about).is_none() && about.contains("no space left on device") {
-        return Trouble::Final(StageError::Agent(anyhow!("the build broke off: {about}")));
-    }
     let base = failed.and_then(|(name, _)| base_image(name));
     if let Some(base) = base.or_else(|| base_image_of(error)) {
         return base_is_missing(base, about, dockerfile);
+    }
+    // A full disk of the engine is nobody's fault who pushes. What a program of a step met has an exit code, and is in the log.
+    if exit_code(about).is_none() && about.contains("no space left on device") {
+        return Trouble::Final(StageError::Agent(anyhow!(
+            "Docker cannot go on with the build: {about}"
+        )));
     }
     if let Some(problem) = error.split("dockerfile parse error").nth(1) {
         return Trouble::Final(StageError::Failed(parse_error(problem, dockerfile)));
@@ -349,6 +351,26 @@ mod tests {
             Trouble::Final(StageError::Failed(cause)) => cause,
             other => panic!("{other:?}"),
         }
+    }
+
+    #[test]
+    fn a_full_disk_of_the_engine_is_no_fault_of_the_commit() {
+        let full = "failed to solve: failed to prepare extraction: mkdir /var/lib/docker/tmp: no space left on device";
+        let trouble = judge(full, &Steps::default(), "Dockerfile");
+        assert!(
+            matches!(&trouble, Trouble::Final(StageError::Agent(error)) if error.to_string().contains("no space left")),
+            "{trouble:?}"
+        );
+        // Of a registry it is for the registry to say.
+        let away = "failed to solve: debian:12: failed to resolve source metadata for docker.io/library/debian:12: \
+                    unexpected status from HEAD request: 500 Internal Server Error: no space left on device";
+        assert!(
+            matches!(
+                judge(away, &Steps::default(), "Dockerfile"),
+                Trouble::Away(_)
+            ),
+            "a registry that is full is away"
+        );
     }
 
     #[test]

@@ -18,8 +18,8 @@ use futures_util::StreamExt;
 
 use super::patience::{Trouble, engine, patiently};
 use super::{Built, CheckedOut, Scope, StageError, StageResult, buildkit, limited};
-use crate::builds::now;
-use crate::config::{Config, Retention};
+use crate::builds::Millis;
+use crate::config::{Config, Environment, Retention};
 use crate::docker;
 use crate::docker::registry::{self, Logins};
 use crate::fail_point;
@@ -66,34 +66,16 @@ pub async fn still_there(scope: &Scope<'_>, built: &Built) -> bool {
         .is_ok_and(|found| found.descriptor.digest.as_deref() == Some(&built.digest))
 }
 
-/// Removes from the engine those images of the agent's environments that `retention` does not keep, with another limit of days;
-/// how many. The registry keeps what was pushed, and it is what is deployed and put back.
-pub async fn remove_old(config: &Config, image_days: u64) -> anyhow::Result<usize> {
+/// Removes from the engine those images of the agent's environments that `retention` does not keep; how many. By their age only
+/// where it is known what time it is. The registry keeps what was pushed, and it is what is deployed and put back.
+pub async fn remove_old(config: &Config, at: Option<Millis>) -> anyhow::Result<usize> {
     let docker = docker::connect(&config.docker).await?;
     let mut ours = Vec::new();
     for environment in &config.environments {
-        let label = format!("{}={}", buildkit::LABEL_ENVIRONMENT, environment.name);
-        let options = ListImagesOptionsBuilder::default()
-            .filters(&HashMap::from([("label", vec![label])]))
-            .build();
-        let prefix = format!("{}/", environment.image_prefix);
-        for image in docker.list_images(Some(options)).await? {
-            let (created, bytes) = (image.created, u64::try_from(image.size).unwrap_or(0));
-            let tags = image.repo_tags.into_iter();
-            let tags = tags.filter(|tag| tag.starts_with(&prefix));
-            ours.extend(tags.map(|tag| Tagged {
-                tag,
-                created,
-                bytes,
-            }));
-        }
+        ours.extend(tagged(&docker, environment).await?);
     }
     let mut removed = 0;
-    let retention = Retention {
-        image_days,
-        ..config.retention.clone()
-    };
-    for tag in outlived(ours, &retention, now() / 1000) {
+    for tag in outlived(ours, &config.retention, at) {
         // One that a container uses stays until that is gone.
         let asked = docker.remove_image(&tag, None::<RemoveImageOptions>, None);
         removed += usize::from(asked.await.is_ok());
@@ -101,36 +83,69 @@ pub async fn remove_old(config: &Config, image_days: u64) -> anyhow::Result<usiz
     Ok(removed)
 }
 
-/// An image of ours on the engine.
+/// A tag of ours on the engine.
 #[derive(Debug, Clone)]
 struct Tagged {
+    /// Where it is counted: environment and repository.
+    place: (String, String),
     tag: String,
-    /// Seconds since 1970.
-    created: i64,
+    /// An image that was built from the cache alone is as old as that.
+    tagged_at: Millis,
+    /// With the layers that it shares.
     bytes: u64,
 }
 
-/// The tags that go. The newest of each repository stays, whatever agent.yaml says: a build that runs may need it.
-fn outlived(mut ours: Vec<Tagged>, kept: &Retention, at: i64) -> Vec<String> {
-    const DAY: i64 = 24 * 60 * 60;
-    ours.sort_by_key(|image| std::cmp::Reverse(image.created));
-    let days = i64::try_from(kept.image_days).unwrap_or(i64::MAX);
-    let since = at.saturating_sub(days.saturating_mul(DAY));
-    let (mut seen, mut bytes) = (HashMap::<String, usize>::new(), 0_u64);
-    let goes = |image: &Tagged| {
-        let seen = seen
-            .entry(registry::split(&image.tag).0.to_owned())
-            .or_default();
-        *seen += 1;
-        bytes = bytes.saturating_add(image.bytes);
-        let is_too_much = *seen > kept.images || image.created < since || bytes > kept.image_bytes;
-        *seen > 1 && is_too_much
-    };
-    let gone = ours.into_iter().filter_map({
-        let mut goes = goes;
-        move |image| goes(&image).then_some(image.tag)
+async fn tagged(docker: &Docker, environment: &Environment) -> anyhow::Result<Vec<Tagged>> {
+    let label = format!("{}={}", buildkit::LABEL_ENVIRONMENT, environment.name);
+    let options = ListImagesOptionsBuilder::default()
+        .filters(&HashMap::from([("label", vec![label])]))
+        .build();
+    let prefix = format!("{}/", environment.image_prefix);
+    let mut found = Vec::new();
+    for image in docker.list_images(Some(options)).await? {
+        let tags: Vec<_> = image
+            .repo_tags
+            .iter()
+            .filter(|tag| tag.starts_with(&prefix))
+            .collect();
+        if tags.is_empty() {
+            continue;
+        }
+        let known = docker.inspect_image(&image.id).await.ok();
+        let tagged_at = known.and_then(|known| known.metadata?.last_tag_time);
+        let tagged_at = tagged_at.map_or(image.created, |at| at.unix_timestamp()) * 1000;
+        found.extend(tags.into_iter().map(|tag| Tagged {
+            place: (environment.name.clone(), registry::split(tag).0.to_owned()),
+            tag: tag.clone(),
+            tagged_at,
+            bytes: u64::try_from(image.size).unwrap_or(0),
+        }));
+    }
+    Ok(found)
+}
+
+/// The tags that go. The newest of each place stays, whatever agent.yaml says: a build that runs may need it.
+fn outlived(mut ours: Vec<Tagged>, kept: &Retention, at: Option<Millis>) -> Vec<String> {
+    const DAY: Millis = 24 * 60 * 60 * 1000;
+    ours.sort_by_key(|image| std::cmp::Reverse(image.tagged_at));
+    let days = Millis::try_from(kept.image_days).unwrap_or(Millis::MAX);
+    let since = at.map_or(Millis::MIN, |at| {
+        at.saturating_sub(days.saturating_mul(DAY))
     });
-    gone.collect()
+    let (mut stay, mut bytes) = (HashMap::new(), 0_u64);
+    let mut goes = |image: &Tagged| {
+        let stay: &mut usize = stay.entry(image.place.clone()).or_default();
+        let with_it = bytes.saturating_add(image.bytes);
+        let is_too_much =
+            *stay >= kept.images || image.tagged_at < since || with_it > kept.image_bytes;
+        let goes = *stay > 0 && is_too_much;
+        if !goes {
+            (*stay, bytes) = (*stay + 1, with_it);
+        }
+        goes
+    };
+    ours.retain(|image| goes(image));
+    ours.into_iter().map(|image| image.tag).collect()
 }
 
 /// How long the registry may take to say whether it has an image.
@@ -312,32 +327,37 @@ mod tests {
 
     #[test]
     fn images_go_by_number_by_age_and_by_what_they_take_and_the_newest_of_each_repository_stays() {
-        let day = 24 * 60 * 60;
-        let image = |name: &str, days_old: i64| Tagged {
-            tag: name.to_owned(),
-            created: -days_old * day,
+        let day = 24 * 60 * 60 * 1000;
+        let image = |environment: &str, tag: &str, days_old: i64| Tagged {
+            place: (environment.to_owned(), registry::split(tag).0.to_owned()),
+            tag: tag.to_owned(),
+            tagged_at: -days_old * day,
             bytes: 100,
         };
         let ours = vec![
-            image("r/a:4", 4),
-            image("r/a:1", 1),
-            image("r/a:2", 2),
-            image("r/b:3", 3),
+            image("one", "r/a:4", 4),
+            image("one", "r/a:1", 1),
+            image("one", "r/a:2", 2),
+            image("one", "r/b:3", 3),
+            image("two", "r/a:5", 5),
         ];
-        let gone = |images, image_days, image_bytes| {
+        let gone = |images, image_days, image_bytes, at| {
             let kept = Retention {
                 images,
                 image_days,
                 image_bytes,
                 ..Retention::default()
             };
-            outlived(ours.clone(), &kept, 0)
+            outlived(ours.clone(), &kept, at)
         };
-        assert!(gone(3, 5, 400).is_empty());
-        assert_eq!(gone(2, 5, 400), ["r/a:4"], "by number");
-        assert_eq!(gone(3, 3, 400), ["r/a:4"], "by age");
-        assert_eq!(gone(3, 5, 399), ["r/a:4"], "by what they take");
-        assert_eq!(gone(0, 0, 0), ["r/a:2", "r/a:4"]);
+        let now = Some(0);
+        assert!(gone(3, 6, 500, now).is_empty());
+        assert_eq!(gone(2, 6, 500, now), ["r/a:4"], "by number");
+        assert_eq!(gone(3, 3, 500, now), ["r/a:4"], "by age");
+        assert!(gone(3, 3, 500, None).is_empty(), "nobody knows the time");
+        assert_eq!(gone(3, 6, 399, now), ["r/a:4"], "by what they take");
+        assert_eq!(gone(2, 6, 400, now), ["r/a:4"], "what goes takes nothing");
+        assert_eq!(gone(0, 0, 0, now), ["r/a:2", "r/a:4"]);
     }
 
     #[test]

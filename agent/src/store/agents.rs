@@ -1,8 +1,8 @@
 //! Agents that share a store: who is alive, and whose builds go to another.
 //!
 //! An agent is alive while its lease runs, by the database's clock alone. On SQLite there is one agent, by the lock on its
-//! folder. On PostgreSQL the name of a holder begins with that of its data folder: whoever has the folder's lock knows that
-//! earlier holders of it are dead, and waits for no lease.
+//! folder. On PostgreSQL the name of a holder begins with that of its data folder and of where that is, so that a copy is another:
+//! whoever has the folder's lock knows that earlier holders of it are dead, and waits for no lease.
 
 use std::time::Duration;
 
@@ -29,13 +29,15 @@ impl Store {
         if self.is_alone() {
             return Ok(());
         }
+        let own = of_folder(holder);
         on!(&self.main, pool => {
             sqlx::query(concat!(
                     "INSERT INTO agents (holder, joined_at, tells_github, seen_at) VALUES ($1, ", clock!(), ", $2, ", clock!(), ") \
                      ON CONFLICT (holder) DO UPDATE SET tells_github = $2, seen_at = ", clock!()))
                 .bind(holder).bind(tells_github).execute(pool).await?;
-            // Long dead.
-            sqlx::query(concat!("DELETE FROM agents WHERE seen_at < ", clock!(), " - 86400000")).execute(pool).await?;
+            // Long dead, or the earlier ones of our folder: nobody waits for their lease.
+            sqlx::query(concat!("DELETE FROM agents WHERE seen_at < ", clock!(), " - 86400000 OR holder LIKE $1 AND holder <> $2"))
+                .bind(&own).bind(holder).execute(pool).await?;
         });
         fail_point::at("store: renew");
         Ok(())
@@ -56,7 +58,7 @@ impl Store {
         if running.is_empty() || self.is_alone() {
             return Ok(running);
         }
-        let others = format!("{}.%", folder(holder));
+        let others = of_folder(holder);
         let abandoned: Vec<i64> = on!(&self.main, pool => sqlx::query_scalar(concat!(
                 "SELECT b.id FROM builds b WHERE b.status = 'running' AND ($2 = '' OR $2 LIKE '%,' || b.environment || ',%') AND \
                  (b.holder IS NULL OR b.holder LIKE $1 OR NOT EXISTS \
@@ -99,7 +101,8 @@ impl Store {
     }
 }
 
-/// The data folder's name in a holder's.
-fn folder(holder: &str) -> &str {
-    holder.split('.').next().unwrap_or(holder)
+/// Pattern of the holders that are of the same data folder.
+fn of_folder(holder: &str) -> String {
+    let folder = holder.split('.').next().unwrap_or(holder);
+    format!("{folder}.%")
 }

@@ -207,8 +207,15 @@ impl TryFrom<BuildRow> for Build {
     }
 }
 
-fn builds(rows: Vec<BuildRow>) -> anyhow::Result<Vec<Build>> {
-    rows.into_iter().map(Build::try_from).collect()
+/// A newer agent's, of a kind that this one does not know, must not keep it from all others.
+fn readable(rows: Vec<BuildRow>) -> Vec<Build> {
+    let read = |row: BuildRow| {
+        let id = row.id;
+        Build::try_from(row)
+            .inspect_err(|error| tracing::error!(build = id, "cannot be read: {error:#}"))
+            .ok()
+    };
+    rows.into_iter().filter_map(read).collect()
 }
 
 impl Store {
@@ -236,20 +243,33 @@ impl Store {
             query.push(" ORDER BY id DESC LIMIT ").push_bind(filter.limit.unwrap_or(50).clamp(1, 200));
             query.build_query_as().fetch_all(pool).await?
         });
-        builds(rows)
+        Ok(readable(rows))
     }
 
     /// Builds that were running when an agent died: to be resumed before anything else.
     pub async fn running(&self) -> anyhow::Result<Vec<Build>> {
         let rows: Vec<BuildRow> = on!(&self.main, pool => sqlx::query_as(select!("WHERE status = 'running' ORDER BY id")).fetch_all(pool).await?);
-        let readable = |row: BuildRow| {
-            let id = row.id;
-            // A newer agent's, of a kind that this one does not know: it must not keep this one from all others.
-            Build::try_from(row)
-                .inspect_err(|error| tracing::error!(build = id, "cannot be read: {error:#}"))
-                .ok()
-        };
-        Ok(rows.into_iter().filter_map(readable).collect())
+        Ok(readable(rows))
+    }
+
+    /// Queues a build that a person asked for.
+    pub async fn enqueue(
+        &self,
+        environment: &str,
+        push: &Push,
+        kind: BuildKind,
+    ) -> anyhow::Result<i64> {
+        let at = now();
+        let build = NewBuild::without_delivery(environment, push, kind);
+        let id = on!(&self.main, pool, BEGIN, _lock => {
+            let mut tx = pool.begin_with(BEGIN).await?;
+            let id = super::builds::insert!(tx, build, at);
+            tx.commit().await?;
+            id
+        });
+        fail_point::at("store: enqueue");
+        self.notify();
+        Ok(id)
     }
 
     /// Takes a queued build whose environment is free, one that brings a release back first (`only_back`: no other), with a new

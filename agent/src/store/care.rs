@@ -20,10 +20,10 @@ const DATABASES: [&str; 2] = ["logs.db", "landfall.db"];
 const BUILDS: &str = "landfall.db";
 /// What it needs beside them: without the key the Secrets of releases cannot be read.
 const SECRETS: [&str; 2] = ["admin-token", "seal-key"];
-/// A store's builds on their way into place.
-const HALF: &str = "landfall.db.restored";
-/// Where what stood there is moved, with the time.
-const ASIDE: &str = "before-restore-";
+/// Names the folder of what stood there, while a restore is not at its end.
+const RESTORING: &str = "restoring";
+/// In that folder, once all is there.
+const MOVED: &str = "all-is-here";
 /// What SQLite keeps beside a database.
 const SIDE_FILES: [&str; 2] = ["-wal", "-shm"];
 
@@ -39,16 +39,8 @@ pub async fn backup(data_dir: &Path, to: &Path) -> anyhow::Result<()> {
     make_private_dir(to)?;
     rustix::process::umask(rustix::fs::Mode::from_bits_truncate(0o077));
     for name in DATABASES {
-        let (from, copy) = (data_dir.join(name), to.join(name));
-        let mut source = open(&from).await?;
-        let copied = sqlx::query("VACUUM INTO $1")
-            .bind(copy.display().to_string())
-            .execute(&mut source)
-            .await;
-        copied.with_context(|| format!("cannot copy {}", from.display()))?;
-        check_file(&copy).await?;
-        // The copy is ours alone, and on disk before anybody relies on it.
-        std::fs::File::open(&copy)?.sync_all()?;
+        copy_database(&data_dir.join(name), &to.join(name)).await?;
+        check_file(&to.join(name)).await?;
     }
     for name in SECRETS {
         let from = data_dir.join(name);
@@ -56,82 +48,148 @@ pub async fn backup(data_dir: &Path, to: &Path) -> anyhow::Result<()> {
             copy_whole(&from, &to.join(name))?;
         }
     }
-    std::fs::File::open(to)?.sync_all()?;
-    Ok(())
+    sync(to)
 }
 
 /// Puts a copy into the place of a data folder's store, which is kept beside it; where it was moved to. No agent may run.
+///
+/// What takes its time, and may not fit, comes first, beside all that stands. From `begin_moving` on no agent begins before the
+/// end: a run that was cut off there is gone to its end by the next.
 pub async fn restore(from: &Path, data_dir: &Path) -> anyhow::Result<Option<PathBuf>> {
     for name in DATABASES {
         check_file(&from.join(name)).await?;
     }
     let _lock = lock(data_dir)?;
-    let half = data_dir.join(HALF);
-    // Made before the half is: where that is there, a run was cut off, and the newest is its own.
-    let earlier = if half.exists() {
-        newest_aside(data_dir)?
-    } else {
-        None
-    };
-    let aside = earlier.unwrap_or_else(|| data_dir.join(format!("{ASIDE}{}", now())));
-    make_private_dir(&aside)?;
-    let side_files = |name: &str| SIDE_FILES.map(|end| format!("{name}{end}"));
-    let known = DATABASES.iter().flat_map(|name| {
-        let own = std::iter::once((*name).to_owned());
-        own.chain(side_files(name))
-    });
-    let known: Vec<String> = known.chain(SECRETS.map(str::to_owned)).collect();
-    // First what takes its time, beside all that stands; from here on until the end no agent begins.
-    for name in side_files(HALF)
-        .into_iter()
-        .chain([format!("{HALF}-journal")])
-    {
-        remove_if_there(&data_dir.join(name))?;
+    rustix::process::umask(rustix::fs::Mode::from_bits_truncate(0o077));
+    let copied = copy_beside(from, data_dir).await;
+    if copied.is_err() {
+        remove_copies(data_dir)?;
     }
-    copy_whole(&from.join(BUILDS), &half)?;
-    fail_point::at("restore: builds copied");
-    end_builds(&half).await?;
-    std::fs::File::open(&half)?.sync_all()?;
-    fail_point::at("restore: builds ended");
-    // What is aside already stood there first: in its place is the backup's.
-    let stands = |name: &&String| data_dir.join(name).exists() && !aside.join(name).exists();
-    for name in known.iter().filter(stands) {
-        match std::fs::rename(data_dir.join(name), aside.join(name)) {
-            // SQLite takes a -wal away with the last who reads.
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            moved => moved.with_context(|| format!("cannot move {name} to {}", aside.display()))?,
+    copied?;
+    let aside = begin_moving(data_dir)?;
+    move_aside(data_dir, &aside)?;
+    for name in SECRETS {
+        if from.join(name).exists() {
+            copy_whole(&from.join(name), &data_dir.join(name))?;
         }
-        fail_point::at("restore: moved aside");
     }
-    let others = DATABASES
-        .iter()
-        .chain(&SECRETS)
-        .filter(|name| **name != BUILDS);
-    for name in others.filter(|name| from.join(name).exists()) {
-        copy_whole(&from.join(name), &data_dir.join(name))?;
-        fail_point::at("restore: copied");
+    fail_point::at("restore: secrets copied");
+    for name in DATABASES {
+        std::fs::rename(copy_of(data_dir, name), data_dir.join(name))
+            .with_context(|| format!("cannot put {name} into place"))?;
+        fail_point::at("restore: in place");
     }
-    std::fs::rename(&half, data_dir.join(BUILDS)).context("cannot put the builds into place")?;
-    fail_point::at("restore: in place");
-    std::fs::File::open(data_dir)?.sync_all()?;
+    sync(data_dir)?;
+    std::fs::remove_file(data_dir.join(RESTORING))?;
+    sync(data_dir)?;
+    fail_point::at("restore: done");
+    remove_if_there(&aside.join(MOVED))?;
     let stood_nothing = std::fs::remove_dir(&aside).is_ok();
     Ok((!stood_nothing).then_some(aside))
 }
 
-fn newest_aside(data_dir: &Path) -> anyhow::Result<Option<PathBuf>> {
-    let mut newest = None;
-    for entry in std::fs::read_dir(data_dir)? {
-        let entry = entry?;
-        if entry.file_name().to_string_lossy().starts_with(ASIDE) {
-            newest = newest.max(Some(entry.path()));
+/// A database of the backup on its way into place.
+fn copy_of(data_dir: &Path, name: &str) -> PathBuf {
+    data_dir.join(format!("{name}.restored"))
+}
+
+async fn copy_beside(from: &Path, data_dir: &Path) -> anyhow::Result<()> {
+    remove_copies(data_dir)?;
+    for name in DATABASES {
+        copy_database(&from.join(name), &copy_of(data_dir, name)).await?;
+        fail_point::at("restore: copied");
+    }
+    let builds = copy_of(data_dir, BUILDS);
+    end_builds(&builds).await?;
+    std::fs::File::open(&builds)?.sync_all()?;
+    fail_point::at("restore: builds ended");
+    Ok(())
+}
+
+fn remove_copies(data_dir: &Path) -> anyhow::Result<()> {
+    for name in DATABASES {
+        for end in ["", "-wal", "-shm", "-journal"] {
+            remove_if_there(&data_dir.join(format!("{name}.restored{end}")))?;
         }
     }
-    Ok(newest)
+    Ok(())
+}
+
+/// The folder for what stands there: that of a run that was cut off, else a new one, of which a file tells.
+fn begin_moving(data_dir: &Path) -> anyhow::Result<PathBuf> {
+    if let Some(aside) = cut_off(data_dir)? {
+        return Ok(aside);
+    }
+    let name = format!("before-restore-{}", now());
+    let aside = data_dir.join(&name);
+    make_private_dir(&aside)?;
+    let told = data_dir.join(RESTORING);
+    let whole = data_dir.join(format!("{RESTORING}.new"));
+    std::fs::write(&whole, &name)?;
+    std::fs::File::open(&whole)?.sync_all()?;
+    std::fs::rename(&whole, &told)?;
+    sync(data_dir)?;
+    fail_point::at("restore: begun");
+    Ok(aside)
+}
+
+/// Where a restore that has not come to its end keeps what stood there.
+fn cut_off(data_dir: &Path) -> anyhow::Result<Option<PathBuf>> {
+    match std::fs::read_to_string(data_dir.join(RESTORING)) {
+        Ok(name) => Ok(Some(data_dir.join(name))),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).with_context(|| format!("cannot read {RESTORING}")),
+    }
+}
+
+/// Once all is aside, what lies in its place is of a run that was cut off.
+fn move_aside(data_dir: &Path, aside: &Path) -> anyhow::Result<()> {
+    let side_files = DATABASES
+        .iter()
+        .flat_map(|name| SIDE_FILES.map(|end| format!("{name}{end}")));
+    let names = DATABASES
+        .iter()
+        .chain(&SECRETS)
+        .map(|&name| name.to_owned());
+    let is_moved = aside.join(MOVED).exists();
+    for name in names.chain(side_files) {
+        let (stands, kept) = (data_dir.join(&name), aside.join(&name));
+        match is_moved || kept.exists() {
+            true => remove_if_there(&stands)?,
+            false if stands.exists() => std::fs::rename(&stands, &kept)
+                .with_context(|| format!("cannot move {name} to {}", aside.display()))?,
+            false => {}
+        }
+        fail_point::at("restore: moved aside");
+    }
+    std::fs::File::create(aside.join(MOVED))?.sync_all()?;
+    sync(aside)?;
+    sync(data_dir)?;
+    fail_point::at("restore: all is aside");
+    Ok(())
+}
+
+/// By SQLite itself, from one moment of the file and of what lies beside it.
+async fn copy_database(from: &Path, to: &Path) -> anyhow::Result<()> {
+    let mut source = open(from).await?;
+    let copied = sqlx::query("VACUUM INTO $1")
+        .bind(to.display().to_string())
+        .execute(&mut source)
+        .await;
+    copied.with_context(|| format!("cannot copy {}", from.display()))?;
+    source.close().await?;
+    // On disk before anybody relies on it.
+    Ok(std::fs::File::open(to)?.sync_all()?)
 }
 
 fn copy_whole(from: &Path, to: &Path) -> anyhow::Result<()> {
     std::fs::copy(from, to).with_context(|| format!("cannot copy {}", from.display()))?;
     Ok(std::fs::File::open(to)?.sync_all()?)
+}
+
+/// A folder: what was made in it, moved and removed.
+fn sync(folder: &Path) -> anyhow::Result<()> {
+    Ok(std::fs::File::open(folder)?.sync_all()?)
 }
 
 fn remove_if_there(path: &Path) -> anyhow::Result<()> {
@@ -214,15 +272,22 @@ pub async fn check(data_dir: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Nothing is opened, or made, in the middle of a restore.
+pub(super) fn ensure_at_rest(data_dir: &Path) -> anyhow::Result<()> {
+    if let Some(aside) = cut_off(data_dir)? {
+        bail!(
+            "a `landfall restore` into {} was cut off: run it again, with this backup or another. What stood there before is kept in {}",
+            data_dir.display(),
+            aside.display()
+        );
+    }
+    Ok(())
+}
+
 /// Builds' numbers would begin anew beside the logs of those that had them.
 pub(super) fn ensure_together(data_dir: &Path) -> anyhow::Result<()> {
     let bytes = |name: &str| std::fs::metadata(data_dir.join(name)).map_or(0, |file| file.len());
     let builds = data_dir.join(BUILDS);
-    ensure!(
-        !data_dir.join(HALF).exists(),
-        "a `landfall restore` into {} was cut off: run it again. What stood there before is in its folders before-restore-…",
-        data_dir.display()
-    );
     if bytes(BUILDS) > 0 && bytes("logs.db") == 0 {
         tracing::error!(
             "logs.db is missing or empty beside {}: the logs of its builds are lost, and it begins anew",
@@ -251,7 +316,7 @@ async fn check_file(path: &Path) -> anyhow::Result<()> {
         .fetch_one(&mut database)
         .await
         .with_context(|| format!("{shown} is not a store of Landfall"))?;
-    Ok(())
+    Ok(database.close().await?)
 }
 
 /// 16 MiB.

@@ -59,6 +59,11 @@ fn main_migrations() -> Migrator {
             "started",
             include_str!("../../migrations/main/0005_started.sql"),
         ),
+        migration(
+            6,
+            "outbox",
+            include_str!("../../migrations/main/0006_outbox.sql"),
+        ),
     ])
 }
 
@@ -305,6 +310,23 @@ fn is_new_enough(version: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_migration_of_the_folder_is_in_the_binary() {
+        for (folder, known) in [("main", main_migrations()), ("logs", logs_migrations())] {
+            let folder = format!("{}/migrations/{folder}", env!("CARGO_MANIFEST_DIR"));
+            let files = std::fs::read_dir(&folder).unwrap();
+            let texts = files.map(|file| std::fs::read_to_string(file.unwrap().path()).unwrap());
+            let mut texts: Vec<String> = texts.collect();
+            let mut known: Vec<String> = known
+                .iter()
+                .map(|one| one.sql.as_str().to_owned())
+                .collect();
+            texts.sort();
+            known.sort();
+            assert!(texts == known, "{folder}");
+        }
+    }
 
     #[test]
     fn the_bundled_sqlite_does_not_lose_writes() {

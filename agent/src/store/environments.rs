@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::dialect::{on, row};
-use super::intake::NEWEST_PUSH;
+use super::heads::NEWEST_PUSH;
 use super::{NewBuild, Store};
 use crate::builds::{Build, BuildKind, Millis, Push, now};
 use crate::fail_point;

@@ -19,6 +19,33 @@ pub struct Untold {
     pub problem: Option<String>,
 }
 
+/// So many of them as are looked at together.
+#[derive(Debug)]
+pub struct UntoldPage {
+    pub untold: Vec<Untold>,
+    /// The number of the first, wanted or not.
+    pub first: Option<i64>,
+    /// From which number on there are more.
+    pub more: Option<i64>,
+}
+
+/// Whose word it would be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct About {
+    pub repository: String,
+    /// Environment and commit: they share one line on GitHub.
+    pub commit: (String, String),
+}
+
+impl About {
+    pub fn of(build: &Build) -> Self {
+        Self {
+            repository: build.repository.clone(),
+            commit: (build.environment.clone(), build.commit.clone()),
+        }
+    }
+}
+
 row! {
     /// Other builds of the same commit in the same environment: they share one line on GitHub.
     #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -27,7 +54,7 @@ row! {
         pub finished: i64,
         /// Queued or running.
         pub live: i64,
-        /// GitHub shows a final state of one.
+        /// GitHub shows a final state of one, or may.
         pub shown: i64,
         /// Ended with a judgement that GitHub is yet to be told.
         pub coming: i64,
@@ -35,15 +62,19 @@ row! {
 }
 
 impl Store {
-    /// Builds from number `from` on that GitHub was not told the end of, oldest first, and the number from which on there are more.
+    /// Builds from number `from` on that GitHub was not told the end of, oldest first, as far as they are `wanted`.
     pub async fn untold(
         &self,
         from: i64,
         limit: i64,
-    ) -> anyhow::Result<(Vec<Untold>, Option<i64>)> {
+        wanted: impl Fn(&About) -> bool,
+    ) -> anyhow::Result<UntoldPage> {
         row! {
             struct Raw {
                 id: i64,
+                repository: String,
+                environment: String,
+                commit_id: String,
                 told: Option<String>,
                 tries: i64,
                 next_at: i64,
@@ -51,14 +82,22 @@ impl Store {
             }
         }
         let rows: Vec<Raw> = on!(&self.main, pool => sqlx::query_as(
-                "SELECT b.id, g.told, COALESCE(g.tries, 0) AS tries, COALESCE(g.next_at, 0) AS next_at, g.problem \
+                "SELECT b.id, b.repository, b.environment, b.commit_id, g.told, COALESCE(g.tries, 0) AS tries, COALESCE(g.next_at, 0) AS next_at, g.problem \
                  FROM builds b LEFT JOIN github_outbox g ON g.build_id = b.id \
                  WHERE b.id >= $1 AND COALESCE(g.told, '') NOT IN ('success', 'failure', 'error', 'silent') ORDER BY b.id LIMIT $2")
             .bind(from).bind(limit).fetch_all(pool).await?);
-        let is_page = i64::try_from(rows.len())? == limit;
-        let more = rows.last().filter(|_| is_page).map(|last| last.id + 1);
+        let is_full = i64::try_from(rows.len())? == limit;
+        let (first, last) = (rows.first().map(|row| row.id), rows.last());
+        let more = last.filter(|_| is_full).map(|last| last.id + 1);
         let mut untold = Vec::with_capacity(rows.len());
         for row in rows {
+            let about = About {
+                repository: row.repository,
+                commit: (row.environment, row.commit_id),
+            };
+            if !wanted(&about) {
+                continue;
+            }
             let build = self.build(row.id).await.inspect_err(|error| {
                 tracing::error!(build = row.id, "cannot be read: {error:#}");
             });
@@ -72,7 +111,11 @@ impl Store {
                 });
             }
         }
-        Ok((untold, more))
+        Ok(UntoldPage {
+            untold,
+            first,
+            more,
+        })
     }
 
     /// Of builds that are not to be told before a later moment than `at`, but by no wrong clock's `latest`: the moment, and why.
@@ -82,9 +125,18 @@ impl Store {
         latest: Millis,
     ) -> anyhow::Result<Vec<(i64, Millis, String)>> {
         Ok(on!(&self.main, pool => sqlx::query_as(
-                "SELECT build_id, next_at, COALESCE(problem, '') FROM github_outbox WHERE next_at > $1 AND next_at <= $2 \
+                "SELECT build_id, next_at, COALESCE(problem, '') FROM github_outbox WHERE next_at > 0 AND next_at > $1 AND next_at <= $2 \
                  AND COALESCE(told, '') NOT IN ('success', 'failure', 'error', 'silent')")
             .bind(at).bind(latest).fetch_all(pool).await?))
+    }
+
+    /// A final state is about to be sent: from here on nobody knows what GitHub shows, until somebody heard.
+    pub async fn about_to_end(&self, build_id: i64) -> anyhow::Result<()> {
+        on!(&self.main, pool => sqlx::query(
+                "INSERT INTO github_outbox (build_id, is_final) VALUES ($1, TRUE) ON CONFLICT (build_id) DO UPDATE SET is_final = TRUE")
+            .bind(build_id).execute(pool).await?.rows_affected());
+        fail_point::at("store: about_to_end");
+        Ok(())
     }
 
     /// GitHub shows it now. `silent`: there is nothing to say of this build.
@@ -125,7 +177,7 @@ impl Store {
         Ok(on!(&self.main, pool => sqlx::query_as(
                 "SELECT COUNT(CASE WHEN b.status IN ('passed', 'failed', 'errored', 'canceled') THEN 1 END) AS finished, \
                  COUNT(CASE WHEN b.status IN ('queued', 'running') THEN 1 END) AS live, \
-                 COUNT(CASE WHEN g.told IN ('success', 'failure', 'error') THEN 1 END) AS shown, \
+                 COUNT(CASE WHEN g.told IN ('success', 'failure', 'error') OR g.is_final THEN 1 END) AS shown, \
                  COUNT(CASE WHEN b.status IN ('passed', 'failed', 'errored', 'canceled') \
                  AND COALESCE(g.told, '') NOT IN ('success', 'failure', 'error', 'silent') THEN 1 END) AS coming \
                  FROM builds b LEFT JOIN github_outbox g ON g.build_id = b.id \

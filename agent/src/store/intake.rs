@@ -14,7 +14,7 @@ use tokio::sync::{SemaphorePermit, mpsc, oneshot, watch};
 use super::dialect::{Db, on};
 use super::notice::Notices;
 use super::{NewBuild, Store};
-use crate::builds::{Build, BuildKind, Push, Status, now};
+use crate::builds::{BuildKind, Push, Status, now};
 use crate::fail_point;
 
 /// Deliveries that wait for their group; where there is no place, GitHub is told to come again.
@@ -23,10 +23,6 @@ const WAITING_MAX: usize = 1024;
 const GROUP_TIME_MAX: Duration = Duration::from_secs(7);
 /// Of one transaction.
 const GROUP_MAX: usize = 256;
-/// Pushes that gave way: older ones are behind what is deployed.
-const GAVE_WAY_MAX: i64 = 50;
-/// Among so many builds before.
-const LOOKED_BACK: i64 = 10_000;
 /// Deliveries between two checkpoints: some 20 kB each are written.
 const CHECKPOINT_EVERY: usize = 200;
 /// Of one statement, a power of two.
@@ -60,12 +56,6 @@ pub struct Accepted {
     pub duplicate: bool,
 }
 
-/// The commit of a branch's newest push: neither one that came too late, nor one that was sent again.
-pub(super) const NEWEST_PUSH: &str = "SELECT b.commit_id FROM builds b WHERE b.environment = $1 AND b.kind = 'push' AND b.branch = $2 \
-    AND (b.superseded_by IS NULL OR b.superseded_by > b.id) AND (b.body_hash = '' OR NOT EXISTS (SELECT 1 FROM builds e \
-    WHERE e.commit_id = b.commit_id AND e.environment = $1 AND e.body_hash = b.body_hash AND e.id < b.id AND e.kind = 'push')) \
-    ORDER BY b.id DESC LIMIT 1";
-
 /// The newest push of a branch, even if it came too late; none that a restore has ended.
 const NEWEST_BUILD: &str = "SELECT id, status, body_hash, before_commit, commit_id, pushed_at, superseded_by FROM builds \
     WHERE environment = $1 AND kind = 'push' AND branch = $2 AND (superseded_by IS NULL OR superseded_by <> id) ORDER BY id DESC LIMIT 1";
@@ -87,22 +77,6 @@ macro_rules! newest {
     };
 }
 
-/// Queues the push of an earlier build once more, behind all that waits; the number of its new build.
-macro_rules! push_again {
-    ($tx:ident, $id:expr, $environment:expr, $at:ident) => {{
-        let row = sqlx::query(super::builds::PUSH_OF)
-            .bind($id)
-            .fetch_one(&mut *$tx)
-            .await?;
-        let push = super::builds::push!(row);
-        let build = NewBuild {
-            ends_others: false,
-            ..NewBuild::without_delivery($environment, &push, BuildKind::Push)
-        };
-        super::builds::insert!($tx, build, $at)
-    }};
-}
-
 /// The numbers that people see, and the lock under which pushes are told apart: whoever numbers a build next has seen
 /// every earlier one.
 macro_rules! numbers {
@@ -116,6 +90,7 @@ macro_rules! numbers {
         .collect::<HashMap<_, _>>()
     };
 }
+pub(super) use numbers;
 
 /// A push build that stands for the newest known state of its branch in one environment.
 struct Newest {
@@ -475,16 +450,6 @@ impl Store {
         stored.await.context("the intake has ended")?
     }
 
-    /// The commit of the newest push that an environment accepted, whatever became of it.
-    pub async fn newest_push(
-        &self,
-        environment: &str,
-        branch: &str,
-    ) -> anyhow::Result<Option<String>> {
-        Ok(on!(&self.main, pool => sqlx::query_scalar(NEWEST_PUSH)
-            .bind(environment).bind(branch).fetch_optional(pool).await?))
-    }
-
     /// Comes back where deliveries can no longer be stored.
     pub async fn intake_ended(&self) {
         self.intake.closed().await;
@@ -506,122 +471,6 @@ impl Store {
             }
         }
         Ok(found)
-    }
-
-    /// Queues a build for a push of which no delivery told; None where one was accepted after `newest` was read.
-    pub async fn enqueue_missed(
-        &self,
-        environment: &str,
-        push: &Push,
-        newest: Option<&str>,
-    ) -> anyhow::Result<Option<i64>> {
-        let at = now();
-        let build = NewBuild::without_delivery(environment, push, BuildKind::Push);
-        let id = on!(&self.main, pool, BEGIN, lock => {
-            let mut tx = pool.begin_with(BEGIN).await?;
-            let _ = numbers!(tx, lock);
-            let current: Option<String> = sqlx::query_scalar(NEWEST_PUSH)
-                .bind(environment).bind(&push.branch).fetch_optional(&mut *tx).await?;
-            if current.as_deref() != newest {
-                return Ok(None);
-            }
-            let id = super::builds::insert!(tx, build, at);
-            tx.commit().await?;
-            id
-        });
-        fail_point::at("store: enqueue_missed");
-        self.notify();
-        Ok(Some(id))
-    }
-
-    /// Commits that a push must not go back from: the one that is deployed, and those of pushes that gave way and were never
-    /// built, the newest first.
-    pub async fn newer_commits(&self, build: &Build) -> anyhow::Result<Vec<String>> {
-        let deployed = self.deployed(&build.environment).await?.0;
-        let gave_way: Vec<String> = on!(&self.main, pool => sqlx::query_scalar(
-                "SELECT s.commit_id FROM builds s WHERE s.environment = $1 AND s.branch = $2 AND s.kind = 'push' AND s.status = 'superseded' \
-                 AND s.id > $3 AND NOT EXISTS (SELECT 1 FROM builds o WHERE o.environment = $1 AND o.commit_id = s.commit_id AND o.status <> 'superseded') \
-                 ORDER BY s.id DESC LIMIT $4")
-            .bind(&build.environment).bind(&build.branch).bind(build.id - LOOKED_BACK).bind(GAVE_WAY_MAX).fetch_all(pool).await?);
-        Ok(deployed.into_iter().chain(gave_way).collect())
-    }
-
-    /// Queues a push that gave way to an older one, unless another build of its branch waits. The new build's number.
-    pub async fn build_after_all(
-        &self,
-        stale: &Build,
-        head: Option<&str>,
-    ) -> anyhow::Result<Option<i64>> {
-        let at = now();
-        let id = on!(&self.main, pool, BEGIN, lock => {
-            let mut tx = pool.begin_with(BEGIN).await?;
-            let _ = numbers!(tx, lock);
-            let gave_way: Option<i64> = sqlx::query_scalar(
-                    "SELECT MAX(s.id) FROM builds s WHERE s.environment = $1 AND s.branch = $2 AND s.kind = 'push' \
-                     AND (s.commit_id = $3 OR $3 = '' AND s.superseded_by IN (SELECT g.id FROM builds g \
-                     WHERE g.environment = $1 AND g.branch = $2 AND g.commit_id = (SELECT commit_id FROM builds WHERE id = $4))) AND s.status = 'superseded' AND NOT EXISTS (SELECT 1 \
-                     FROM builds o WHERE o.environment = $1 AND o.id <> $4 AND (o.status = 'queued' AND o.branch = $2 AND o.kind = 'push' \
-                     OR o.commit_id = s.commit_id AND o.status <> 'superseded'))")
-                .bind(&stale.environment).bind(&stale.branch).bind(head.unwrap_or_default()).bind(stale.id).fetch_one(&mut *tx).await?;
-            let Some(gave_way) = gave_way else { return Ok(None) };
-            let id = push_again!(tx, gave_way, &stale.environment, at);
-            tx.commit().await?;
-            id
-        });
-        fail_point::at("store: build_after_all");
-        self.notify();
-        Ok(Some(id))
-    }
-
-    /// Queues the head of a branch anew where it was skipped for a pin, or gave way to an undo, and nothing holds the environment
-    /// any more: its pin went with a redo, with an undo that did not come about, or just before the agent was killed.
-    pub async fn build_what_was_held_back(
-        &self,
-        environment: &str,
-        branch: &str,
-    ) -> anyhow::Result<Option<i64>> {
-        let at = now();
-        let id = on!(&self.main, pool, BEGIN, lock => {
-            let mut tx = pool.begin_with(BEGIN).await?;
-            let _ = numbers!(tx, lock);
-            let held_back: Option<i64> = sqlx::query_scalar(
-                    "SELECT b.id FROM builds b JOIN environments e ON e.name = b.environment WHERE b.id = (SELECT MAX(id) FROM builds \
-                     WHERE environment = $1 AND branch = $2 AND kind = 'push' AND (superseded_by IS NULL OR superseded_by > id)) \
-                     AND e.pinned_at IS NULL AND b.commit_id <> COALESCE(e.deployed_commit, '') \
-                     AND (b.status = 'skipped' AND b.cause LIKE '%\"id\":\"pinned\"%' OR b.status = 'superseded' AND EXISTS \
-                     (SELECT 1 FROM builds u WHERE u.id = b.superseded_by AND u.kind IN ('undo', 'redo'))) \
-                     AND NOT EXISTS (SELECT 1 FROM builds o WHERE o.environment = $1 AND (o.status IN ('queued', 'running') \
-                     OR o.id > b.id AND o.status NOT IN ('superseded', 'skipped') AND (o.kind NOT IN ('undo', 'redo', 'push') \
-                     OR o.kind = 'push' AND o.commit_id = b.commit_id)))")
-                .bind(environment).bind(branch).fetch_optional(&mut *tx).await?;
-            let Some(held_back) = held_back else { return Ok(None) };
-            let id = push_again!(tx, held_back, environment, at);
-            tx.commit().await?;
-            id
-        });
-        fail_point::at("store: build_what_was_held_back");
-        self.notify();
-        Ok(Some(id))
-    }
-
-    /// Queues a build that a person asked for.
-    pub async fn enqueue(
-        &self,
-        environment: &str,
-        push: &Push,
-        kind: BuildKind,
-    ) -> anyhow::Result<i64> {
-        let at = now();
-        let build = NewBuild::without_delivery(environment, push, kind);
-        let id = on!(&self.main, pool, BEGIN, _lock => {
-            let mut tx = pool.begin_with(BEGIN).await?;
-            let id = super::builds::insert!(tx, build, at);
-            tx.commit().await?;
-            id
-        });
-        fail_point::at("store: enqueue");
-        self.notify();
-        Ok(id)
     }
 }
 
@@ -1045,6 +894,44 @@ mod tests {
             .await
             .unwrap();
         true
+    }
+
+    #[tokio::test]
+    async fn a_build_of_every_kind_is_claimed_and_one_that_a_newer_agent_made_is_left_to_it() {
+        let (_folder, store) = store().await;
+        sql(&store, "INSERT INTO environments (name) VALUES ('hello')").await;
+        for (number, kind) in BuildKind::ALL.iter().enumerate() {
+            let push = crate::store::pushed(&format!("{number:040x}"));
+            let id = store.enqueue("hello", &push, *kind).await.unwrap();
+            sql(&store, "UPDATE builds SET queued_at = 0").await;
+            let build = store.claim("us", false).await.unwrap().unwrap();
+            assert_eq!(build.id, id, "{kind}");
+            store
+                .finish(
+                    &build,
+                    Status::Canceled,
+                    crate::builds::Outcome::Unchanged,
+                    None,
+                )
+                .await
+                .unwrap();
+        }
+        let push = crate::store::pushed("new");
+        store
+            .enqueue("hello", &push, BuildKind::Manual)
+            .await
+            .unwrap();
+        sql(
+            &store,
+            "UPDATE builds SET kind = 'canary' WHERE status = 'queued'",
+        )
+        .await;
+        assert_eq!(store.claim("us", false).await.unwrap(), None);
+        let shown = store
+            .builds(&crate::store::Filter::default())
+            .await
+            .unwrap();
+        assert_eq!(shown.len(), BuildKind::ALL.len());
     }
 
     #[tokio::test]

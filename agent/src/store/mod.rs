@@ -9,6 +9,7 @@ pub mod care;
 mod dialect;
 mod environments;
 mod github;
+mod heads;
 mod intake;
 mod logs;
 mod notice;
@@ -35,7 +36,7 @@ pub use seal::Unsealable;
 
 pub use builds::{Filter, NewBuild};
 pub use environments::{HISTORY_MAX, Pin, Serving, steps};
-pub use github::{Siblings, Untold};
+pub use github::{About, Siblings, Untold, UntoldPage};
 pub use intake::{Accepted, Delivery};
 pub use logs::NumberedLine;
 
@@ -61,6 +62,7 @@ impl Store {
     /// Opens or makes the store in `data_dir`, brings it up to date, and locks the folder.
     pub async fn open(data_dir: &Path, database: Option<&str>) -> anyhow::Result<Self> {
         let lock = lock(data_dir)?;
+        care::ensure_at_rest(data_dir)?;
         let seal = Arc::new(Seal::open(data_dir)?);
         let Opened { main, intake, logs } = dialect::open(data_dir, database).await?;
         let is_new_key = seal.is_new;

@@ -280,8 +280,10 @@ impl Store {
                  ended_at = NULL, ended_why = NULL WHERE id = $1",
             )
             .bind(release.id).bind(at).execute(&mut *tx).await?;
+            // What served is told in the order of these times, and a clock may have been set back.
             sqlx::query(
-                "INSERT INTO servings (build_id, environment, release_id, revisions, began_at) VALUES ($1, $2, $3, $4, $5) \
+                "INSERT INTO servings (build_id, environment, release_id, revisions, began_at) SELECT $1, $2, $3, $4, \
+                 CASE WHEN MAX(began_at) >= $5 THEN MAX(began_at) + 1 ELSE $5 END FROM servings WHERE environment = $2 \
                  ON CONFLICT (build_id) DO UPDATE SET revisions = $4, ended_at = NULL, ended_why = NULL",
             )
             .bind(build.id).bind(&release.environment).bind(release.id).bind(&revisions).bind(at).execute(&mut *tx).await?;

@@ -112,8 +112,8 @@ impl Agent {
     }
 
     async fn told(&self, id: i64) -> bool {
-        let (open, _) = self.store.untold(0, 1000).await.unwrap();
-        open.iter().all(|one| one.build.id != id)
+        let page = self.store.untold(0, 1000, |_| true).await.unwrap();
+        page.untold.iter().all(|one| one.build.id != id)
     }
 }
 
@@ -295,22 +295,26 @@ async fn doctor_learns_what_a_token_may_see() {
 
 #[tokio::test]
 async fn a_delivery_that_failed_is_asked_for_again() {
-    let agent = Agent::new(FakeGithub::start().await).await;
-    let url = "https://ci.example.org/webhook";
-    agent.github.has_sent(url, "arrived", 202);
-    agent.github.has_sent(url, "failed", 502);
-    let config = Arc::new(agent.config());
-    let (store, running) = (agent.store.clone(), agent.running.clone());
-    tokio::spawn(github::deliveries::run(
-        config,
-        store,
-        "me.1".to_owned(),
-        running,
-    ));
-    let arrived = async || {
-        let sent = agent.github.sent();
-        (sent.len() > 2).then_some(sent)
-    };
-    let sent = eventually("it is sent again", LIMIT, arrived).await;
-    assert_eq!(sent.last().unwrap(), &("failed".to_owned(), 202));
+    let of_public_url = "https://ci.example.org/webhook";
+    let by_a_relay = "https://relay.example.org/of/ci";
+    for (url, named) in [(of_public_url, None), (by_a_relay, Some(by_a_relay))] {
+        let agent = Agent::new(FakeGithub::start().await).await;
+        agent.github.has_sent(url, "arrived", 202);
+        agent.github.has_sent(url, "failed", 502);
+        let mut config = agent.config();
+        config.github.webhook_url = named.map(str::to_owned);
+        let (store, running) = (agent.store.clone(), agent.running.clone());
+        tokio::spawn(github::deliveries::run(
+            Arc::new(config),
+            store,
+            "me.1".to_owned(),
+            running,
+        ));
+        let arrived = async || {
+            let sent = agent.github.sent();
+            (sent.len() > 2).then_some(sent)
+        };
+        let sent = eventually("it is sent again", LIMIT, arrived).await;
+        assert_eq!(sent.last().unwrap(), &("failed".to_owned(), 202));
+    }
 }

@@ -1,7 +1,7 @@
 //! `landfall restore`, killed at each of its steps and run again.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus};
+use std::process::Command;
 
 use landfall::builds::{BuildKind, Push};
 use landfall::store::{Filter, Store, care};
@@ -28,15 +28,15 @@ async fn commits(data_dir: &Path) -> anyhow::Result<Vec<String>> {
     Ok(builds.into_iter().map(|build| build.commit).collect())
 }
 
-fn restore(root: &Path, fail_point: Option<&str>) -> ExitStatus {
+fn restore(root: &Path, backup: &str, fail_point: Option<&str>) -> bool {
     let mut restore = Command::new(env!("CARGO_BIN_EXE_landfall"));
     restore
-        .args(["restore", "copy", "--config", "agent.yaml"])
+        .args(["restore", backup, "--config", "agent.yaml"])
         .current_dir(root);
     if let Some(fail_point) = fail_point {
         restore.env("LANDFALL_FAIL_POINT", fail_point);
     }
-    restore.output().unwrap().status
+    restore.output().unwrap().status.success()
 }
 
 fn copy(from: &Path, to: &Path) {
@@ -47,18 +47,24 @@ fn copy(from: &Path, to: &Path) {
     }
 }
 
-/// What was moved aside, the first time first.
+/// What was moved aside, less the folder of a restore of long ago.
 fn aside(data: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(data).unwrap();
     let paths = entries.map(|entry| entry.unwrap().path());
-    let is_aside = |path: &PathBuf| path.display().to_string().contains("/before-restore-");
+    let is_aside = |path: &PathBuf| {
+        let name = path.file_name().unwrap().to_string_lossy();
+        name.starts_with("before-restore-") && name != OF_LONG_AGO
+    };
     let mut aside: Vec<PathBuf> = paths.filter(is_aside).collect();
     aside.sort();
     aside
 }
 
+/// Behind all others by its name.
+const OF_LONG_AGO: &str = "before-restore-keep";
+
 #[tokio::test]
-async fn a_restore_that_is_killed_at_any_step_is_refused_until_it_is_run_again() {
+async fn a_restore_that_is_killed_at_any_step_is_gone_to_its_end_by_the_next() {
     let folder = tempfile::tempdir().unwrap();
     let root = folder.path();
     let config = "environments:\n  - name: hello\n    repository: acme/hello\n    branch: main\n    clone_url: https://github.com/x/y\n    \
@@ -67,44 +73,66 @@ async fn a_restore_that_is_killed_at_any_step_is_refused_until_it_is_run_again()
     let stood = root.join("stood");
     let store = Store::open(&stood, None).await.unwrap();
     push(&store, "a").await;
-    care::backup(&stood, &root.join("copy")).await.unwrap();
+    care::backup(&stood, &root.join("one")).await.unwrap();
     push(&store, "b").await;
+    care::backup(&stood, &root.join("two")).await.unwrap();
+    push(&store, "c").await;
     // As a killed agent leaves it: the newest builds are in the files beside.
     let left = root.join("left");
     copy(&stood, &left);
     drop(store);
     assert!(left.join("landfall.db-wal").metadata().unwrap().len() > 0);
-    let (before, after) = (vec!["b".repeat(40), "a".repeat(40)], vec!["a".repeat(40)]);
+    let of = |names: &[&str]| -> Vec<String> { names.iter().map(|name| name.repeat(40)).collect() };
+    let before = of(&["c", "b", "a"]);
+    let data = root.join("data");
 
-    let mut killed = 0;
-    for count in 1.. {
-        let data = root.join("data");
-        let _ = std::fs::remove_dir_all(&data);
-        copy(&left, &data);
-        if restore(root, Some(&format!("*:{count}"))).success() {
-            break;
+    for (stands, again, after) in [
+        (true, "one", of(&["a"])),
+        (true, "two", of(&["b", "a"])),
+        (false, "one", of(&["a"])),
+    ] {
+        let mut killed = 0;
+        for count in 1.. {
+            let told = format!("stands: {stands}, then {again}, after step {count}");
+            let _ = std::fs::remove_dir_all(&data);
+            if stands {
+                copy(&left, &data);
+                copy(&stood, &data.join(OF_LONG_AGO));
+            }
+            if restore(root, "one", Some(&format!("*:{count}"))) {
+                break;
+            }
+            killed += 1;
+            // Looking makes a store where there is none.
+            let found = match stands {
+                true => Some(commits(&data).await),
+                false => None,
+            };
+            let is_done = match &found {
+                Some(Ok(found)) => {
+                    assert!(
+                        *found == before || *found == of(&["a"]),
+                        "{told}: {found:?}"
+                    );
+                    *found != before
+                }
+                Some(Err(error)) => {
+                    let error = format!("{error:#}");
+                    let is_told = error.contains("was cut off: run it again");
+                    assert!(is_told, "{told}: {error}");
+                    false
+                }
+                None => !data.join("restoring").exists() && data.join("landfall.db").exists(),
+            };
+            assert!(restore(root, again, None), "{told}");
+            assert_eq!(commits(&data).await.unwrap(), after, "{told}");
+            care::check(&data).await.unwrap();
+            let kept = aside(&data);
+            match stands {
+                true => assert_eq!(commits(&kept[0]).await.unwrap(), before, "{told}"),
+                false => assert_eq!(!kept.is_empty(), is_done, "{told}: {kept:?}"),
+            }
         }
-        killed += 1;
-        match commits(&data).await {
-            Ok(commits) => assert_eq!(commits, after, "after step {count}"),
-            Err(error) => assert!(
-                format!("{error:#}").contains("was cut off: run it again"),
-                "after step {count}: {error:#}"
-            ),
-        }
-        assert!(restore(root, None).success(), "again after step {count}");
-        assert_eq!(
-            commits(&data).await.unwrap(),
-            after,
-            "again after step {count}"
-        );
-        care::check(&data).await.unwrap();
-        let kept = aside(&data);
-        assert_eq!(
-            commits(&kept[0]).await.unwrap(),
-            before,
-            "after step {count}"
-        );
+        assert!(killed > 12, "killed at {killed} steps");
     }
-    assert!(killed > 6, "killed at {killed} steps");
 }

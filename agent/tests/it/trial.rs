@@ -28,6 +28,8 @@ const REST: Duration = Duration::from_secs(4);
 const ANY_POINT_MAX: usize = 40;
 /// For everything to come to its end after the last kill.
 const END_MAX: Duration = Duration::from_secs(120);
+/// For GitHub to know all of it, however long it was told nothing.
+const TOLD_MAX: Duration = Duration::from_mins(5);
 
 /// One state of the Deployment.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -134,12 +136,14 @@ async fn run(name: &str, database: Option<&str>) -> History {
             break;
         }
         // In turns one of those that were not wanted for longest, and any.
-        let fail_point = if round % 3 == 0 {
+        let wanted = (round % 3 == 0).then(|| {
             let point = points.remove(random.below(points.len() / 2));
             points.push(point.clone());
-            format!("{point}:1")
-        } else {
-            format!("*:{}", 1 + random.below(ANY_POINT_MAX))
+            point
+        });
+        let fail_point = match &wanted {
+            Some(point) => format!("{point}:1"),
+            None => format!("*:{}", 1 + random.below(ANY_POINT_MAX)),
         };
         let passed_before = landfall.fail_points().len();
         landfall.run_doomed(&[("LANDFALL_FAIL_POINT", &fail_point)]);
@@ -150,7 +154,8 @@ async fn run(name: &str, database: Option<&str>) -> History {
             let is_late = random.below(5) == 0;
             push(&mut landfall, &mut history, is_good, is_late).await;
         }
-        let is_stopped = a_person_acts(&mut landfall, &mut history, &mut random).await;
+        let is_stopped =
+            a_person_acts(&mut landfall, &mut history, &mut random, wanted.as_deref()).await;
         let died = dies_or_rests(&mut landfall, begun + ROUND_MAX).await;
         is_idle = !died;
         let mut passed = landfall.fail_points();
@@ -190,7 +195,7 @@ async fn run(name: &str, database: Option<&str>) -> History {
         let last = of_all.get(&head).and_then(|states| states.last().cloned());
         (last.as_deref() == Some("success")).then_some(of_all)
     };
-    history.shown = eventually("GitHub knows the end of the head's build", END_MAX, told).await;
+    history.shown = eventually("GitHub knows the end of the head's build", TOLD_MAX, told).await;
     // The promise is a minute.
     let swept = Instant::now();
     loop {
@@ -206,7 +211,7 @@ async fn run(name: &str, database: Option<&str>) -> History {
         .filter(|point| !history.kills.contains_key(*point))
         .collect();
     let figure = json!({"seed": seed, "kills": history.kills.values().sum::<usize>(), "points": history.kills,
-        "points_never_passed": never, "asked_by_a_person": history.asked,
+        "points_never_ended_at": never, "asked_by_a_person": history.asked, "resident_bytes": history.resident_bytes,
         "pushes": history.commits.len(), "builds": history.builds.len(), "ended_after_seconds": history.ended_after.as_secs()});
     keep(&format!("trial_{name}"), &figure);
     history
@@ -268,47 +273,52 @@ async fn dies_or_rests(landfall: &mut Landfall, until: Instant) -> bool {
 }
 
 /// Now and then somebody cancels, goes back or forward, holds the environment or lets it go, or stops the agent: whether that.
+/// Always where only that passes the `wanted` fail point.
 async fn a_person_acts(
     landfall: &mut Landfall,
     history: &mut History,
     random: &mut Random,
+    wanted: Option<&str>,
 ) -> bool {
-    let environment = |verb: &str| format!("/api/environments/hello/{verb}");
-    let path = match random.below(12) {
-        0 => match history.accepted.last() {
-            Some((_, build)) => format!("/api/builds/{build}/cancel"),
-            None => return false,
-        },
-        1 => environment("undo"),
-        2 => environment("redo"),
-        3 => environment("pin"),
-        4..8 if history.may_be_held => environment("unpin"),
-        8 => {
+    let chance = random.below(20);
+    let verb = match (wanted, chance) {
+        (Some("store: cancel"), _) | (_, 0) => "cancel",
+        (Some("store: bring_back"), _) | (_, 1) => "undo",
+        (_, 2) => "redo",
+        (Some("store: pin"), _) | (_, 3) => "pin",
+        (Some("store: unpin"), _) => "unpin",
+        (Some("store: leave" | "store: hand_over"), _) | (_, 4) => {
             tokio::time::sleep(Duration::from_millis(random.below(3000) as u64)).await;
             if landfall.lives() {
                 landfall.ask_to_stop();
             }
             return true;
         }
+        // It is not held for long: most pushes are to be deployed.
+        (_, 5..17) if history.may_be_held => "unpin",
         _ => return false,
+    };
+    let path = match (verb, history.accepted.last()) {
+        ("cancel", Some((_, build))) => format!("/api/builds/{build}/cancel"),
+        ("cancel", None) => return false,
+        _ => format!("/api/environments/hello/{verb}"),
     };
     let begun = Instant::now();
     while landfall.lives() && begun.elapsed() < Duration::from_secs(3) {
         let body = json!({"reason": "the trial wishes it"});
         if let Some((status, _)) = landfall.try_write(&path, &body).await {
-            let verb = path.rsplit('/').next().unwrap();
             if status < 300 {
                 *history.asked.entry(verb.to_owned()).or_default() += 1;
             }
-            // Where it was refused nothing is held by it; where nobody answered it may have been done.
-            if verb == "unpin" {
-                history.may_be_held = false;
-            } else if verb != "cancel" {
-                history.may_be_held = true;
-            }
+            history.may_be_held = match verb {
+                "unpin" => false,
+                "undo" | "pin" => true,
+                _ => history.may_be_held,
+            };
             break;
         }
-        history.may_be_held = true;
+        // Nobody answered: it may have been done.
+        history.may_be_held |= matches!(verb, "undo" | "pin");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     false
@@ -435,10 +445,17 @@ impl History {
         !self.is_good(commit) || self.builds.iter().any(errored)
     }
 
-    /// How often a person had it brought again: by an undo, a redo, or an unpin that builds the head of the branch.
-    fn asked_for(&self, commit: &str) -> usize {
-        let by_hand = |build: &&Value| build["commit"] == commit && build["kind"] != "push";
-        self.builds.iter().filter(by_hand).count()
+    /// How often a build that a person asked for may have brought it again: by an undo, a redo, or (`forward` too) an unpin,
+    /// which builds the head of the branch.
+    fn asked_for(&self, commit: &str, forward: bool) -> usize {
+        let is_asked = |build: &&Value| {
+            let kind = build["kind"].as_str().unwrap();
+            let begun = build["attempt"].as_i64() > Some(0);
+            build["commit"] == commit
+                && begun
+                && (matches!(kind, "undo" | "redo") || forward && kind == "manual")
+        };
+        self.builds.iter().filter(is_asked).count()
     }
 
     /// Commits as the cluster saw them, each once for each time that it came.
@@ -542,7 +559,7 @@ impl History {
                 .iter()
                 .filter(|one| one["commit"] == commit.as_str() && one["state"] == "live")
                 .count();
-            let asked_for = self.asked_for(commit);
+            let asked_for = self.asked_for(commit, true);
             if served > 1 + asked_for {
                 twice.push(format!("{commit} went live {served} times"));
             }
@@ -562,14 +579,18 @@ impl History {
     fn p4_never_backwards(&self) {
         let turns = self.turns();
         assert!(turns.len() > 3, "hardly anything was deployed: {turns:?}");
-        let back = turns
-            .windows(2)
-            .filter(|pair| self.place(pair[1]) < self.place(pair[0]));
-        let unasked =
-            back.filter(|pair| !self.is_given_up(pair[0]) && self.asked_for(pair[1]) == 0);
+        let mut back: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for pair in turns.windows(2) {
+            if self.place(pair[1]) < self.place(pair[0]) && !self.is_given_up(pair[0]) {
+                back.entry(pair[1]).or_default().push(pair[0]);
+            }
+        }
+        let unasked = back
+            .iter()
+            .filter(|(to, from)| from.len() > self.asked_for(to, false));
         self.none(
             &unasked
-                .map(|pair| format!("{} came after {}", pair[1], pair[0]))
+                .map(|(to, from)| format!("{to} came after each of {from:?}"))
                 .collect::<Vec<_>>(),
         );
     }
@@ -614,12 +635,13 @@ impl History {
             if terminal.is_some_and(|at| states[at..].iter().any(|state| state == "pending")) {
                 lies.push(format!("{commit} went back to pending: {states:?}"));
             }
-            let of_commit: Vec<&Value> = self
-                .builds
-                .iter()
-                .filter(|build| build["commit"] == commit.as_str())
-                .collect();
-            let [build] = of_commit.as_slice() else {
+            // The newest first: the last word is of the last that was judged.
+            let judged = ["passed", "failed", "canceled", "errored"];
+            let of_commit = self.builds.iter().find(|build| {
+                build["commit"] == commit.as_str()
+                    && judged.contains(&build["status"].as_str().unwrap())
+            });
+            let Some(build) = of_commit else {
                 continue;
             };
             let truth = match build["status"].as_str().unwrap() {
