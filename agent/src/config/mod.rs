@@ -472,6 +472,19 @@ impl Config {
             .to_owned()
     }
 
+    /// Where GitHub reaches the webhook, as far as we know.
+    pub fn webhook_url(&self) -> String {
+        match (
+            &self.github.webhook_url,
+            &self.public_url,
+            self.webhook_listen,
+        ) {
+            (Some(url), ..) => url.clone(),
+            (None, None, Some(listen)) => format!("http://{listen}/webhook"),
+            (None, ..) => format!("{}/webhook", self.base_url()),
+        }
+    }
+
     /// Every secret that must never show in a log.
     pub fn secrets(&self) -> Vec<&str> {
         let environments = self.environments.iter().flat_map(|environment| {

@@ -181,7 +181,7 @@ pub async fn builds(
         is_first_page: filter.before.is_none(),
         newest: address(&filter, None),
         older: next.map(|next| address(&filter, Some(next))),
-        webhook_url: webhook_url(&app),
+        webhook_url: app.config.webhook_url(),
     };
     Ok(html(StatusCode::OK, page.render()))
 }
@@ -327,12 +327,5 @@ fn address(filter: &Filter, before: Option<i64>) -> String {
     match query.finish() {
         query if query.is_empty() => "/".to_owned(),
         query => format!("/?{query}"),
-    }
-}
-
-fn webhook_url(app: &App) -> String {
-    match app.config.webhook_listen {
-        Some(listen) => format!("http://{listen}/webhook"),
-        None => format!("{}/webhook", app.config.base_url()),
     }
 }

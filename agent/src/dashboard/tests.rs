@@ -300,6 +300,12 @@ async fn a_build_that_waits_says_for_what() {
             .await
             .contains("Waits for")
     );
+    let of_another = site.queue("gone", &push("main", "Fourth", "mona")).await;
+    let html = site.page(&format!("/builds/{of_another}")).await;
+    assert!(
+        html.contains("Waits for an agent whose agent.yaml has this environment"),
+        "{html}"
+    );
     let mut config = (*site.app.config).clone();
     config.min_free_bytes = u64::MAX;
     site.app.config = Arc::new(config);

@@ -112,6 +112,8 @@ pub struct BuildView {
 pub enum Waits {
     /// Another build of its environment.
     Build(i64),
+    /// An agent that knows its environment: this one does not.
+    Agent,
     /// Bytes free and bytes wanted (`min_free_bytes`), as people read them.
     Disk { free: String, wanted: String },
 }
@@ -125,6 +127,9 @@ impl Waits {
         }
         if let Some(running) = running {
             return Some(Self::Build(running));
+        }
+        if config.environment(&build.environment).is_none() {
+            return Some(Self::Agent);
         }
         let wanted = config.min_free_bytes;
         (free < wanted && !build.kind.brings_back()).then(|| Self::Disk {

@@ -59,10 +59,7 @@ pub async fn run(config: Arc<Config>, store: Store, holder: String, shutdown: Ca
         // `github::run` has said why.
         return;
     };
-    let url = match &config.github.webhook_url {
-        Some(url) => url.clone(),
-        None => format!("{}/webhook", config.base_url()),
-    };
+    let url = config.webhook_url();
     let repositories = config.environments.iter().map(|it| it.repository.clone());
     let repositories: BTreeSet<String> = repositories.collect();
     let mut told = BTreeSet::new();

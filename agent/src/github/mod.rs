@@ -256,10 +256,10 @@ impl Teller {
         let mut page = self.page(self.from, &waiting).await?;
         self.from = page.first.unwrap_or(self.from);
         loop {
-            let was_anything_said = self.say_of(&page.untold, &mut waiting).await?;
+            let is_to_look_anew = self.say_of(&page.untold, &mut waiting).await?;
             match page.more {
                 // Who waited when this pass began may wait no longer.
-                Some(_) if was_anything_said => return Ok(Duration::ZERO),
+                Some(_) if is_to_look_anew => return Ok(Duration::ZERO),
                 // Behind many that wait there may be some that do not.
                 Some(from) if !waiting.everyone => page = self.page(from, &waiting).await?,
                 _ => break,
@@ -276,9 +276,9 @@ impl Teller {
         self.store.untold(from, OPEN_MAX, is_free).await
     }
 
-    /// Whether something was said, or another speaks to GitHub now: then it is time to look anew.
+    /// Whether it is time to look anew: something was said, or another speaks to GitHub now.
     async fn say_of(&mut self, open: &[Untold], waiting: &mut Waiting) -> anyhow::Result<bool> {
-        let mut was_anything_said = false;
+        let mut is_to_look_anew = false;
         for one in open {
             if waiting.holds(&About::of(&one.build)) {
                 continue;
@@ -302,7 +302,7 @@ impl Teller {
                 }
                 Next::Say(word) => word,
             };
-            was_anything_said = true;
+            is_to_look_anew = true;
             if word.state != PENDING {
                 self.store.about_to_end(one.build.id).await?;
             }
@@ -327,7 +327,7 @@ impl Teller {
                 }
             }
         }
-        Ok(was_anything_said)
+        Ok(is_to_look_anew)
     }
 
     async fn next(&self, one: &Untold) -> anyhow::Result<Next> {
@@ -399,7 +399,8 @@ fn next(build: &Build, is_pending: bool, siblings: Siblings, at: Millis) -> Next
     let (state, description) = match build.status {
         Status::Queued | Status::Running => {
             // A manual build learns its commit in checkout.
-            if is_pending || siblings.shown > 0 || !is_commit_id(&build.commit) {
+            let may_be_over = siblings.shown > 0 || siblings.attempted > 0;
+            if is_pending || may_be_over || !is_commit_id(&build.commit) {
                 return Next::Wait;
             }
             (PENDING, "in progress".to_owned())

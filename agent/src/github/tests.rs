@@ -88,6 +88,13 @@ fn a_commit_that_was_judged_never_turns_green_by_being_skipped() {
         ..Siblings::default()
     };
     let shown = Siblings { shown: 1, ..judged };
+    // What was sent, and of which nobody heard whether it came, is followed by no pending; but silence relies on what is known.
+    let attempted = Siblings {
+        attempted: 1,
+        ..Siblings::default()
+    };
+    assert_eq!(said(&build(Status::Running), false, attempted), None);
+    assert!(said(&build(Status::Superseded), true, attempted).is_some());
     for status in [Status::Skipped, Status::Superseded] {
         for (siblings, is_pending) in [(judged, false), (live, true), (shown, true)] {
             let said = said(&build(status), is_pending, siblings);

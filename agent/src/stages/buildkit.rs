@@ -231,6 +231,8 @@ fn frontend(dockerfile: &str) -> Option<&str> {
     None
 }
 
+const DISK_FULL: &str = "no space left on device";
+
 /// What BuildKit's error means, and for whom.
 fn judge(error: &str, steps: &Steps, dockerfile: &str) -> Trouble {
     let ended_by_engine = ["context canceled", "code = Unavailable", "code = Canceled"];
@@ -244,7 +246,7 @@ fn judge(error: &str, steps: &Steps, dockerfile: &str) -> Trouble {
         return base_is_missing(base, about, dockerfile);
     }
     // A full disk of the engine is nobody's fault who pushes. What a program of a step met has an exit code, and is in the log.
-    if exit_code(about).is_none() && about.contains("no space left on device") {
+    if exit_code(about).is_none() && about.contains(DISK_FULL) {
         return Trouble::Final(StageError::Agent(anyhow!(
             "Docker cannot go on with the build: {about}"
         )));
@@ -278,6 +280,9 @@ fn base_is_missing(base: &str, problem: &str, dockerfile: &str) -> Trouble {
     let sentence = format!("the base image {base} cannot be loaded: {problem}");
     if docker::registry_is_away(problem) {
         return Trouble::Away(anyhow!(sentence));
+    }
+    if problem.contains(DISK_FULL) {
+        return Trouble::Final(StageError::Agent(anyhow!(sentence)));
     }
     let hint = "check its name, and that the agent's `registry` login (or Docker's config.json) may pull it";
     Trouble::Final(StageError::Failed(
@@ -355,12 +360,17 @@ mod tests {
 
     #[test]
     fn a_full_disk_of_the_engine_is_no_fault_of_the_commit() {
-        let full = "failed to solve: failed to prepare extraction: mkdir /var/lib/docker/tmp: no space left on device";
-        let trouble = judge(full, &Steps::default(), "Dockerfile");
-        assert!(
-            matches!(&trouble, Trouble::Final(StageError::Agent(error)) if error.to_string().contains("no space left")),
-            "{trouble:?}"
-        );
+        for full in [
+            "failed to solve: failed to prepare extraction: mkdir /var/lib/docker/tmp: no space left on device",
+            "failed to solve: debian:12: failed to resolve source metadata for docker.io/library/debian:12: write \
+             /var/lib/docker/buildkit/content/ingest/1/data: no space left on device",
+        ] {
+            let trouble = judge(full, &Steps::default(), "Dockerfile");
+            assert!(
+                matches!(&trouble, Trouble::Final(StageError::Agent(error)) if error.to_string().contains(DISK_FULL)),
+                "{trouble:?}"
+            );
+        }
         // Of a registry it is for the registry to say.
         let away = "failed to solve: debian:12: failed to resolve source metadata for docker.io/library/debian:12: \
                     unexpected status from HEAD request: 500 Internal Server Error: no space left on device";

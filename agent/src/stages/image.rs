@@ -3,7 +3,7 @@
 //! The line: build → tag → push with progress → digest from the registry's words, checked against the engine's.
 //! Never deploys a tag, and never guesses a digest that the registry did not say.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::pin::pin;
 use std::time::{Duration, Instant};
 
@@ -83,13 +83,13 @@ pub async fn remove_old(config: &Config, at: Option<Millis>) -> anyhow::Result<u
     Ok(removed)
 }
 
-/// A tag of ours on the engine.
+/// An image of ours on the engine, under the tags of one repository.
 #[derive(Debug, Clone)]
 struct Tagged {
     /// Where it is counted: environment and repository.
     place: (String, String),
-    tag: String,
-    /// An image that was built from the cache alone is as old as that.
+    tags: Vec<String>,
+    /// Last. An image that was built from the cache alone is itself as old as that.
     tagged_at: Millis,
     /// With the layers that it shares.
     bytes: u64,
@@ -103,20 +103,24 @@ async fn tagged(docker: &Docker, environment: &Environment) -> anyhow::Result<Ve
     let prefix = format!("{}/", environment.image_prefix);
     let mut found = Vec::new();
     for image in docker.list_images(Some(options)).await? {
-        let tags: Vec<_> = image
+        let mut tags: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for tag in image
             .repo_tags
-            .iter()
+            .into_iter()
             .filter(|tag| tag.starts_with(&prefix))
-            .collect();
+        {
+            let repository = registry::split(&tag).0.to_owned();
+            tags.entry(repository).or_default().push(tag);
+        }
         if tags.is_empty() {
             continue;
         }
         let known = docker.inspect_image(&image.id).await.ok();
         let tagged_at = known.and_then(|known| known.metadata?.last_tag_time);
         let tagged_at = tagged_at.map_or(image.created, |at| at.unix_timestamp()) * 1000;
-        found.extend(tags.into_iter().map(|tag| Tagged {
-            place: (environment.name.clone(), registry::split(tag).0.to_owned()),
-            tag: tag.clone(),
+        found.extend(tags.into_iter().map(|(repository, tags)| Tagged {
+            place: (environment.name.clone(), repository),
+            tags,
             tagged_at,
             bytes: u64::try_from(image.size).unwrap_or(0),
         }));
@@ -124,7 +128,7 @@ async fn tagged(docker: &Docker, environment: &Environment) -> anyhow::Result<Ve
     Ok(found)
 }
 
-/// The tags that go. The newest of each place stays, whatever agent.yaml says: a build that runs may need it.
+/// The tags that go. The newest image of each place stays, whatever agent.yaml says: a build that runs may need it.
 fn outlived(mut ours: Vec<Tagged>, kept: &Retention, at: Option<Millis>) -> Vec<String> {
     const DAY: Millis = 24 * 60 * 60 * 1000;
     ours.sort_by_key(|image| std::cmp::Reverse(image.tagged_at));
@@ -132,20 +136,19 @@ fn outlived(mut ours: Vec<Tagged>, kept: &Retention, at: Option<Millis>) -> Vec<
     let since = at.map_or(Millis::MIN, |at| {
         at.saturating_sub(days.saturating_mul(DAY))
     });
-    let (mut stay, mut bytes) = (HashMap::new(), 0_u64);
-    let mut goes = |image: &Tagged| {
-        let stay: &mut usize = stay.entry(image.place.clone()).or_default();
+    let (mut stay, mut bytes, mut gone) = (HashMap::new(), 0_u64, Vec::new());
+    for image in ours {
+        let stay: &mut usize = stay.entry(image.place).or_default();
         let with_it = bytes.saturating_add(image.bytes);
         let is_too_much =
             *stay >= kept.images || image.tagged_at < since || with_it > kept.image_bytes;
-        let goes = *stay > 0 && is_too_much;
-        if !goes {
+        if *stay > 0 && is_too_much {
+            gone.extend(image.tags);
+        } else {
             (*stay, bytes) = (*stay + 1, with_it);
         }
-        goes
-    };
-    ours.retain(|image| goes(image));
-    ours.into_iter().map(|image| image.tag).collect()
+    }
+    gone
 }
 
 /// How long the registry may take to say whether it has an image.
@@ -330,7 +333,7 @@ mod tests {
         let day = 24 * 60 * 60 * 1000;
         let image = |environment: &str, tag: &str, days_old: i64| Tagged {
             place: (environment.to_owned(), registry::split(tag).0.to_owned()),
-            tag: tag.to_owned(),
+            tags: vec![tag.to_owned()],
             tagged_at: -days_old * day,
             bytes: 100,
         };

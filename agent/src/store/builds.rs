@@ -165,6 +165,13 @@ row! {
     }
 }
 
+/// What this agent can read: one that is newer may have written others.
+macro_rules! known_kinds {
+    () => {
+        "('push', 'manual', 'rerun', 'undo', 'redo')"
+    };
+}
+
 macro_rules! select {
     ($rest:literal) => {
         concat!(
@@ -227,7 +234,8 @@ impl Store {
     pub async fn builds(&self, filter: &Filter) -> anyhow::Result<Vec<Build>> {
         // Only what is asked for, so that an index is found for it.
         let rows = on!(&self.main, pool => {
-            let mut query = sqlx::QueryBuilder::new(select!("WHERE TRUE"));
+            let mut query = sqlx::QueryBuilder::new(select!("WHERE kind IN "));
+            query.push(known_kinds!());
             if let Some(environment) = &filter.environment {
                 query.push(" AND environment = ").push_bind(environment);
             }
@@ -302,14 +310,13 @@ impl Store {
     /// knows it is none.
     async fn next_in_turn(&self, only_back: bool) -> anyhow::Result<Option<i64>> {
         let at = now();
-        Ok(on!(&self.main, pool => sqlx::query_scalar(
-                "SELECT b.id FROM builds b WHERE b.status = 'queued' AND b.kind IN ('push', 'manual', 'rerun', 'undo', 'redo') \
-                 AND (NOT $1 OR b.kind IN ('undo', 'redo')) AND NOT EXISTS \
+        Ok(on!(&self.main, pool => sqlx::query_scalar(concat!(
+                "SELECT b.id FROM builds b WHERE b.status = 'queued' AND b.kind IN ", known_kinds!(), " AND (NOT $1 OR b.kind IN ('undo', 'redo')) AND NOT EXISTS \
                  (SELECT 1 FROM builds r WHERE r.environment = b.environment AND r.status = 'running') \
                  AND (b.kind <> 'push' OR b.queued_at < $2 OR b.queued_at > $3 OR NOT EXISTS \
                  (SELECT 1 FROM builds o WHERE o.superseded_by = b.id)) AND ($4 = '' OR $4 LIKE '%,' || b.environment || ',%') \
                  ORDER BY CASE b.kind WHEN 'undo' THEN 0 WHEN 'redo' THEN 0 WHEN 'push' THEN 2 ELSE 1 END, COALESCE((SELECT r.id \
-                 FROM builds r WHERE r.environment = b.environment AND r.started_at IS NOT NULL ORDER BY r.id DESC LIMIT 1), 0), b.id LIMIT 1")
+                 FROM builds r WHERE r.environment = b.environment AND r.started_at IS NOT NULL ORDER BY r.id DESC LIMIT 1), 0), b.id LIMIT 1"))
             .bind(only_back).bind(at - BURST).bind(at).bind(self.served()).fetch_optional(pool).await?))
     }
 

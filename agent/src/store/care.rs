@@ -61,12 +61,15 @@ pub async fn restore(from: &Path, data_dir: &Path) -> anyhow::Result<Option<Path
     }
     let _lock = lock(data_dir)?;
     rustix::process::umask(rustix::fs::Mode::from_bits_truncate(0o077));
-    let copied = copy_beside(from, data_dir).await;
-    if copied.is_err() {
-        remove_copies(data_dir)?;
+    remove_unfinished(data_dir)?;
+    let begun = match copy_beside(from, data_dir).await {
+        Ok(()) => begin_moving(data_dir),
+        Err(error) => Err(error),
+    };
+    if begun.is_err() {
+        let _ = remove_copies(data_dir);
     }
-    copied?;
-    let aside = begin_moving(data_dir)?;
+    let aside = begun?;
     move_aside(data_dir, &aside)?;
     for name in SECRETS {
         if from.join(name).exists() {
@@ -94,7 +97,6 @@ fn copy_of(data_dir: &Path, name: &str) -> PathBuf {
 }
 
 async fn copy_beside(from: &Path, data_dir: &Path) -> anyhow::Result<()> {
-    remove_copies(data_dir)?;
     for name in DATABASES {
         copy_database(&from.join(name), &copy_of(data_dir, name)).await?;
         fail_point::at("restore: copied");
@@ -106,7 +108,8 @@ async fn copy_beside(from: &Path, data_dir: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn remove_copies(data_dir: &Path) -> anyhow::Result<()> {
+/// Copies of a restore that has not come so far as to move anything.
+pub(super) fn remove_copies(data_dir: &Path) -> anyhow::Result<()> {
     for name in DATABASES {
         for end in ["", "-wal", "-shm", "-journal"] {
             remove_if_there(&data_dir.join(format!("{name}.restored{end}")))?;
@@ -118,6 +121,7 @@ fn remove_copies(data_dir: &Path) -> anyhow::Result<()> {
 /// The folder for what stands there: that of a run that was cut off, else a new one, of which a file tells.
 fn begin_moving(data_dir: &Path) -> anyhow::Result<PathBuf> {
     if let Some(aside) = cut_off(data_dir)? {
+        make_private_dir(&aside)?;
         return Ok(aside);
     }
     let name = format!("before-restore-{}", now());
@@ -142,29 +146,70 @@ fn cut_off(data_dir: &Path) -> anyhow::Result<Option<PathBuf>> {
     }
 }
 
-/// Once all is aside, what lies in its place is of a run that was cut off.
-fn move_aside(data_dir: &Path, aside: &Path) -> anyhow::Result<()> {
-    let side_files = DATABASES
+/// The databases last: a folder that holds only a part of what stood there is no store.
+fn names() -> Vec<String> {
+    let beside = DATABASES
         .iter()
         .flat_map(|name| SIDE_FILES.map(|end| format!("{name}{end}")));
-    let names = DATABASES
-        .iter()
-        .chain(&SECRETS)
-        .map(|&name| name.to_owned());
-    let is_moved = aside.join(MOVED).exists();
-    for name in names.chain(side_files) {
+    let others = SECRETS.iter().chain(&DATABASES);
+    beside.chain(others.map(|&name| name.to_owned())).collect()
+}
+
+/// Where a run was cut off after all that stood there was aside: what lies in its place now is of that run.
+fn remove_unfinished(data_dir: &Path) -> anyhow::Result<()> {
+    remove_copies(data_dir)?;
+    let Some(aside) = cut_off(data_dir)? else {
+        return Ok(());
+    };
+    let Ok(moved) = std::fs::read_to_string(aside.join(MOVED)) else {
+        return Ok(());
+    };
+    // SQLite takes a side file away with the last who reads.
+    let is_beside = |name: &str| SIDE_FILES.iter().any(|end| name.ends_with(end));
+    for name in moved.lines().filter(|name| !is_beside(name)) {
+        ensure!(
+            aside.join(name).exists(),
+            "{name} is not in {} any more, where a restore that was cut off kept it: put it back there. To have what is in {} now \
+             as the store, remove {RESTORING} in it",
+            aside.display(),
+            data_dir.display()
+        );
+    }
+    for name in names() {
+        remove_if_there(&data_dir.join(name))?;
+    }
+    Ok(())
+}
+
+fn move_aside(data_dir: &Path, aside: &Path) -> anyhow::Result<()> {
+    if aside.join(MOVED).exists() {
+        return Ok(());
+    }
+    let mut moved = String::new();
+    for name in names() {
         let (stands, kept) = (data_dir.join(&name), aside.join(&name));
-        match is_moved || kept.exists() {
-            true => remove_if_there(&stands)?,
-            false if stands.exists() => std::fs::rename(&stands, &kept)
-                .with_context(|| format!("cannot move {name} to {}", aside.display()))?,
-            false => {}
+        if stands.exists() {
+            ensure!(
+                !kept.exists(),
+                "{name} is in {} and in {}: remove the one that you do not want to keep",
+                data_dir.display(),
+                aside.display()
+            );
+            std::fs::rename(&stands, &kept)
+                .with_context(|| format!("cannot move {name} to {}", aside.display()))?;
+        }
+        if kept.exists() {
+            moved = moved + &name + "\n";
         }
         fail_point::at("restore: moved aside");
     }
-    std::fs::File::create(aside.join(MOVED))?.sync_all()?;
     sync(aside)?;
     sync(data_dir)?;
+    let whole = aside.join(format!("{MOVED}.new"));
+    std::fs::write(&whole, moved)?;
+    std::fs::File::open(&whole)?.sync_all()?;
+    std::fs::rename(&whole, aside.join(MOVED))?;
+    sync(aside)?;
     fail_point::at("restore: all is aside");
     Ok(())
 }
@@ -276,7 +321,8 @@ pub async fn check(data_dir: &Path) -> anyhow::Result<()> {
 pub(super) fn ensure_at_rest(data_dir: &Path) -> anyhow::Result<()> {
     if let Some(aside) = cut_off(data_dir)? {
         bail!(
-            "a `landfall restore` into {} was cut off: run it again, with this backup or another. What stood there before is kept in {}",
+            "a `landfall restore` into {} was cut off: run it again, with this backup or another. What stood there before is kept in {}, \
+             from where it can be restored too once it is whole",
             data_dir.display(),
             aside.display()
         );

@@ -62,12 +62,14 @@ row! {
 pub const HISTORY_MAX: i64 = 200;
 pub(super) const HISTORY: &str = "SELECT s.release_id AS release, s.build_id AS build, r.commit_id AS \"commit\", b.title AS title, r.image AS image, \
     CASE WHEN r.state = 'failed' THEN 'live' ELSE r.state END AS state, b.kind AS kind, b.pushed_by AS \"by\", \
-    s.revisions AS revisions, s.began_at AS began_at, s.ended_at AS ended_at, s.ended_why AS ended_why \
+    s.revisions AS revisions, s.began_at AS began_at, s.ended_at AS ended_at, s.ended_why AS ended_why, \
+    s.began_at AS place \
     FROM servings s JOIN releases r ON r.id = s.release_id JOIN builds b ON b.id = s.build_id WHERE s.environment = $1 \
     UNION ALL \
-    SELECT r.id, r.build_id, r.commit_id, b.title, r.image, r.state, b.kind, b.pushed_by, '{}', r.planned_at, r.ended_at, r.ended_why \
+    SELECT r.id, r.build_id, r.commit_id, b.title, r.image, r.state, b.kind, b.pushed_by, '{}', r.planned_at, r.ended_at, r.ended_why, \
+    CASE WHEN r.state = 'adopted' THEN 0 ELSE r.planned_at END \
     FROM releases r JOIN builds b ON b.id = r.build_id WHERE r.environment = $1 AND r.state IN ('failed', 'adopted') \
-    ORDER BY 10 DESC, 1 DESC LIMIT $2";
+    ORDER BY place DESC, release DESC LIMIT $2";
 
 fn as_json<S: serde::Serializer>(text: &str, serializer: S) -> Result<S::Ok, S::Error> {
     let value: serde_json::Value = serde_json::from_str(text).unwrap_or_default();

@@ -54,8 +54,10 @@ row! {
         pub finished: i64,
         /// Queued or running.
         pub live: i64,
-        /// GitHub shows a final state of one, or may.
+        /// GitHub shows a final state of one.
         pub shown: i64,
+        /// A final state of one was sent: GitHub may show it, though nobody heard so.
+        pub attempted: i64,
         /// Ended with a judgement that GitHub is yet to be told.
         pub coming: i64,
     }
@@ -177,7 +179,8 @@ impl Store {
         Ok(on!(&self.main, pool => sqlx::query_as(
                 "SELECT COUNT(CASE WHEN b.status IN ('passed', 'failed', 'errored', 'canceled') THEN 1 END) AS finished, \
                  COUNT(CASE WHEN b.status IN ('queued', 'running') THEN 1 END) AS live, \
-                 COUNT(CASE WHEN g.told IN ('success', 'failure', 'error') OR g.is_final THEN 1 END) AS shown, \
+                 COUNT(CASE WHEN g.told IN ('success', 'failure', 'error') THEN 1 END) AS shown, \
+                 COUNT(CASE WHEN g.is_final THEN 1 END) AS attempted, \
                  COUNT(CASE WHEN b.status IN ('passed', 'failed', 'errored', 'canceled') \
                  AND COALESCE(g.told, '') NOT IN ('success', 'failure', 'error', 'silent') THEN 1 END) AS coming \
                  FROM builds b LEFT JOIN github_outbox g ON g.build_id = b.id \

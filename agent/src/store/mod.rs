@@ -63,6 +63,7 @@ impl Store {
     pub async fn open(data_dir: &Path, database: Option<&str>) -> anyhow::Result<Self> {
         let lock = lock(data_dir)?;
         care::ensure_at_rest(data_dir)?;
+        care::remove_copies(data_dir)?;
         let seal = Arc::new(Seal::open(data_dir)?);
         let Opened { main, intake, logs } = dialect::open(data_dir, database).await?;
         let is_new_key = seal.is_new;

@@ -273,7 +273,7 @@ impl Store {
             };
             sqlx::query("UPDATE releases SET ended_at = $3, ended_why = $4 WHERE environment = $1 AND state = 'live' AND ended_at IS NULL AND id <> $2")
                 .bind(&release.environment).bind(release.id).bind(at).bind(&why).execute(&mut *tx).await?;
-            sqlx::query("UPDATE servings SET ended_at = $3, ended_why = $4 WHERE environment = $1 AND ended_at IS NULL AND build_id <> $2")
+            sqlx::query("UPDATE servings SET ended_at = CASE WHEN began_at > $3 THEN began_at ELSE $3 END, ended_why = $4 WHERE environment = $1 AND ended_at IS NULL AND build_id <> $2")
                 .bind(&release.environment).bind(build.id).bind(at).bind(&why).execute(&mut *tx).await?;
             sqlx::query(
                 "UPDATE releases SET state = CASE WHEN state = 'adopted' THEN state ELSE 'live' END, live_at = COALESCE(live_at, $2), \

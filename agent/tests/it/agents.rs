@@ -512,3 +512,21 @@ async fn p5_the_store_refuses_every_write_of_a_holder_that_was_outdone() {
         );
     }
 }
+
+#[tokio::test]
+async fn an_agent_that_begins_anew_in_its_folder_leads_at_once_and_another_waits_for_its_lease() {
+    let postgres = Postgres::start().await;
+    let folder = tempfile::tempdir().unwrap();
+    let url = postgres.url();
+    let store = Store::open(folder.path(), Some(&url)).await.unwrap();
+    store.renew("a.1", true).await.unwrap();
+    store.renew("b.1", true).await.unwrap();
+    assert!(store.leads("a.1").await.unwrap());
+    // It was killed: the other does not know yet.
+    assert!(!store.leads("b.1").await.unwrap());
+    store.renew("a.2", true).await.unwrap();
+    assert!(store.leads("b.1").await.unwrap(), "a.1 is known to be dead");
+    assert!(!store.leads("a.2").await.unwrap(), "it joined last");
+    store.leave("b.1").await.unwrap();
+    assert!(store.leads("a.2").await.unwrap());
+}

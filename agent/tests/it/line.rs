@@ -1280,6 +1280,11 @@ async fn a_clock_that_is_set_while_builds_run_spoils_none_and_no_time_is_negativ
     assert_eq!(status, 202, "{undo}");
     landfall.goes_live(undo["id"].as_i64().unwrap()).await;
     assert_eq!(landfall.served("/").trim(), "Hello at +3600");
+    let history = landfall.get("/api/environments/hello/releases").await;
+    for one in history["releases"].as_array().unwrap() {
+        let ended = one["ended_at"].as_i64().unwrap_or(i64::MAX);
+        assert!(one["began_at"].as_i64().unwrap() <= ended, "{one:#}");
+    }
 }
 
 /// Faults of our own: nothing but the build that met it ends, and the next one settles what it left.

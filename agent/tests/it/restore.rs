@@ -97,7 +97,7 @@ async fn a_restore_that_is_killed_at_any_step_is_gone_to_its_end_by_the_next() {
             let _ = std::fs::remove_dir_all(&data);
             if stands {
                 copy(&left, &data);
-                copy(&stood, &data.join(OF_LONG_AGO));
+                copy(&left, &data.join(OF_LONG_AGO));
             }
             if restore(root, "one", Some(&format!("*:{count}"))) {
                 break;
@@ -124,6 +124,16 @@ async fn a_restore_that_is_killed_at_any_step_is_gone_to_its_end_by_the_next() {
                 }
                 None => !data.join("restoring").exists() && data.join("landfall.db").exists(),
             };
+            // What stood there is a backup too, once it is whole; before that it is none.
+            if stands && !is_done {
+                let kept = aside(&data).pop().unwrap_or_default();
+                let is_whole = kept.join("landfall.db").exists();
+                let back = restore(root, kept.to_str().unwrap(), None);
+                assert!(back == is_whole || kept.as_os_str().is_empty(), "{told}");
+                if back {
+                    assert_eq!(commits(&data).await.unwrap(), before, "{told}");
+                }
+            }
             assert!(restore(root, again, None), "{told}");
             assert_eq!(commits(&data).await.unwrap(), after, "{told}");
             care::check(&data).await.unwrap();
