@@ -233,7 +233,17 @@ async fn push(
         false => "echo 'no more disk' >&2; exit 3\n",
     };
     let page = format!("Hello {number}\n");
-    let commit = landfall.commit(&[("start.sh", start), ("www/index.html", &page)]);
+    // Each release makes an object that the one before had not, and removes that one's.
+    let beside = format!(
+        "apiVersion: v1\nkind: ConfigMap\nmetadata: {{ name: beside-{} }}\n",
+        number % 2
+    );
+    let files = [
+        ("start.sh", start),
+        ("www/index.html", &page),
+        ("kubernetes/beside.yaml", &beside),
+    ];
+    let commit = landfall.commit(&files);
     let before = history
         .commits
         .last()
@@ -274,7 +284,8 @@ async fn dies_or_rests(landfall: &mut Landfall, until: Instant) -> bool {
     landfall.dies_within(Duration::ZERO).await
 }
 
-/// Now and then somebody cancels, goes back or forward, holds the environment or lets it go, or stops the agent: whether that.
+/// Now and then somebody asks for a build, cancels, goes back or forward, holds the environment or lets it go, or stops the agent:
+/// whether that.
 /// Always where only that passes the `wanted` fail point.
 async fn a_person_acts(
     landfall: &mut Landfall,
@@ -289,6 +300,7 @@ async fn a_person_acts(
         (_, 2) => "redo",
         (Some("store: pin"), _) | (_, 3) => "pin",
         (Some("store: unpin"), _) => "unpin",
+        (Some("store: enqueue"), _) | (_, 17) => "builds",
         (Some("store: leave" | "store: hand_over"), _) | (_, 4) => {
             tokio::time::sleep(Duration::from_millis(random.below(3000) as u64)).await;
             if landfall.lives() {
@@ -303,11 +315,15 @@ async fn a_person_acts(
     let path = match (verb, history.accepted.last()) {
         ("cancel", Some((_, build))) => format!("/api/builds/{build}/cancel"),
         ("cancel", None) => return false,
+        ("builds", _) => "/api/builds".to_owned(),
         _ => format!("/api/environments/hello/{verb}"),
     };
     let begun = Instant::now();
     while landfall.lives() && begun.elapsed() < Duration::from_secs(3) {
-        let body = json!({"reason": "the trial wishes it"});
+        let body = match verb {
+            "builds" => json!({"environment": "hello"}),
+            _ => json!({"reason": "the trial wishes it"}),
+        };
         if let Some((status, _)) = landfall.try_write(&path, &body).await {
             if status < 300 {
                 *history.asked.entry(verb.to_owned()).or_default() += 1;
