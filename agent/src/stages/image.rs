@@ -115,8 +115,11 @@ async fn tagged(docker: &Docker, environment: &Environment) -> anyhow::Result<Ve
         if tags.is_empty() {
             continue;
         }
-        let known = docker.inspect_image(&image.id).await.ok();
-        let tagged_at = known.and_then(|known| known.metadata?.last_tag_time);
+        // One of which nothing can be learnt stays.
+        let Ok(known) = docker.inspect_image(&image.id).await else {
+            continue;
+        };
+        let tagged_at = known.metadata.and_then(|known| known.last_tag_time);
         let tagged_at = tagged_at.map_or(image.created, |at| at.unix_timestamp()) * 1000;
         found.extend(tags.into_iter().map(|(repository, tags)| Tagged {
             place: (environment.name.clone(), repository),

@@ -29,6 +29,7 @@ const SIDE_FILES: [&str; 2] = ["-wal", "-shm"];
 
 /// Copies the store of a data folder into `to`, which must be missing or empty. The agent may run.
 pub async fn backup(data_dir: &Path, to: &Path) -> anyhow::Result<()> {
+    ensure_at_rest(data_dir)?;
     ensure!(
         data_dir.join(BUILDS).exists(),
         "{} holds no store",
@@ -60,6 +61,11 @@ pub async fn restore(from: &Path, data_dir: &Path) -> anyhow::Result<Option<Path
         check_file(&from.join(name)).await?;
     }
     let _lock = lock(data_dir)?;
+    ensure!(
+        from.canonicalize()? != data_dir.canonicalize()?,
+        "{} is the store itself: name a folder that `landfall backup` has made",
+        from.display()
+    );
     rustix::process::umask(rustix::fs::Mode::from_bits_truncate(0o077));
     remove_unfinished(data_dir)?;
     let begun = match copy_beside(from, data_dir).await {
@@ -311,6 +317,7 @@ pub(super) async fn shrink(pool: &SqlitePool) -> anyhow::Result<()> {
 
 /// Whether the databases of a data folder are whole. The agent may run.
 pub async fn check(data_dir: &Path) -> anyhow::Result<()> {
+    ensure_at_rest(data_dir)?;
     for name in DATABASES {
         check_file(&data_dir.join(name)).await?;
     }

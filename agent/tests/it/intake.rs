@@ -112,7 +112,8 @@ async fn p1_the_answer_comes_after_the_sync() {
     assert!(new[..at].iter().any(|line| is_sync(line)), "{new:#?}");
 }
 
-/// DELIVERY_SECONDS of signed deliveries on 50 connections, and a kill every three seconds.
+/// DELIVERY_SECONDS of signed deliveries on 50 connections, as many as are answered or DELIVERY_RATE a second, and a kill every
+/// three seconds.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn p1_no_answered_delivery_is_lost_under_kills() {
     let mut agent = Agent::start(&[]).await;
@@ -120,12 +121,15 @@ async fn p1_no_answered_delivery_is_lost_under_kills() {
     let accepted = Arc::new(Mutex::new(HashMap::<i64, String>::new()));
     let took = Arc::new(Mutex::new(Vec::new()));
     let mut senders = tokio::task::JoinSet::new();
+    let every = Duration::from_secs_f64(50.0 / number("DELIVERY_RATE", 1_000_000) as f64);
     for connection in 1..=50_u32 {
         let (url, end, accepted, took) = (url.clone(), end.clone(), accepted.clone(), took.clone());
         senders.spawn(async move {
             let http = reqwest::Client::builder().no_proxy().build().unwrap();
             let mut number = 0_u32;
+            let mut turn = tokio::time::interval(every);
             while !end.load(Ordering::Relaxed) {
+                turn.tick().await;
                 let after = format!("{connection:08x}{number:032x}");
                 let begun = Instant::now();
                 match deliver(&http, &url, &after).await {

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, BufReader};
 
 use crate::fake_github::{FakeGithub, TOKEN};
-use crate::landfall::{Landfall, all_builds, is_terminal};
+use crate::landfall::{BRANCH, Landfall, all_builds, is_terminal};
 use crate::postgres::Postgres;
 use crate::soak::{keep, number};
 use crate::support::{eventually, kubectl_command};
@@ -204,9 +204,12 @@ async fn run(name: &str, database: Option<&str>) -> History {
             .map(|(commit, _)| shown(commit))
             .collect();
         let last = of_all.get(&head).and_then(|states| states.last().cloned());
-        (last.as_deref() == Some("success")).then_some(of_all)
+        let is_over = of_all
+            .values()
+            .all(|states| states.last().is_none_or(|last| last != "pending"));
+        (is_over && last.as_deref() == Some("success")).then_some(of_all)
     };
-    history.shown = eventually("GitHub knows the end of the head's build", TOLD_MAX, told).await;
+    history.shown = eventually("GitHub knows the end of all", TOLD_MAX, told).await;
     history.seen.clone_from(&seen.lock().unwrap());
     let never: Vec<&String> = points
         .iter()
@@ -321,10 +324,11 @@ async fn a_person_acts(
     let begun = Instant::now();
     while landfall.lives() && begun.elapsed() < Duration::from_secs(3) {
         let body = match verb {
-            "builds" => json!({"environment": "hello"}),
+            "builds" => json!({"environment": "hello", "branch": BRANCH}),
             _ => json!({"reason": "the trial wishes it"}),
         };
         if let Some((status, _)) = landfall.try_write(&path, &body).await {
+            assert_ne!(status, 400, "{verb}");
             if status < 300 {
                 *history.asked.entry(verb.to_owned()).or_default() += 1;
             }
