@@ -310,13 +310,17 @@ impl Store {
     /// knows it is none.
     async fn next_in_turn(&self, only_back: bool) -> anyhow::Result<Option<i64>> {
         let at = now();
+        // Of each environment its first, so that thousands that wait are not each compared with what was served.
         Ok(on!(&self.main, pool => sqlx::query_scalar(concat!(
-                "SELECT b.id FROM builds b WHERE b.status = 'queued' AND b.kind IN ", known_kinds!(), " AND (NOT $1 OR b.kind IN ('undo', 'redo')) AND NOT EXISTS \
-                 (SELECT 1 FROM builds r WHERE r.environment = b.environment AND r.status = 'running') \
-                 AND (b.kind <> 'push' OR b.queued_at < $2 OR b.queued_at > $3 OR NOT EXISTS \
-                 (SELECT 1 FROM builds o WHERE o.superseded_by = b.id)) AND ($4 = '' OR $4 LIKE '%,' || b.environment || ',%') \
+                "SELECT b.id FROM environments e JOIN builds b ON b.id = (SELECT q.id FROM builds q WHERE q.environment = e.name \
+                 AND q.status = 'queued' AND q.kind IN ", known_kinds!(), " AND (NOT $1 OR q.kind IN ('undo', 'redo')) \
+                 AND (q.kind <> 'push' OR q.queued_at < $2 OR q.queued_at > $3 OR NOT EXISTS \
+                 (SELECT 1 FROM builds o WHERE o.superseded_by = q.id)) \
+                 ORDER BY CASE q.kind WHEN 'undo' THEN 0 WHEN 'redo' THEN 0 WHEN 'push' THEN 2 ELSE 1 END, q.id LIMIT 1) \
+                 WHERE NOT EXISTS (SELECT 1 FROM builds r WHERE r.environment = e.name AND r.status = 'running') \
+                 AND ($4 = '' OR $4 LIKE '%,' || e.name || ',%') \
                  ORDER BY CASE b.kind WHEN 'undo' THEN 0 WHEN 'redo' THEN 0 WHEN 'push' THEN 2 ELSE 1 END, COALESCE((SELECT r.id \
-                 FROM builds r WHERE r.environment = b.environment AND r.started_at IS NOT NULL ORDER BY r.id DESC LIMIT 1), 0), b.id LIMIT 1"))
+                 FROM builds r WHERE r.environment = e.name AND r.started_at IS NOT NULL ORDER BY r.id DESC LIMIT 1), 0), b.id LIMIT 1"))
             .bind(only_back).bind(at - BURST).bind(at).bind(self.served()).fetch_optional(pool).await?))
     }
 
