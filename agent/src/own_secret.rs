@@ -17,7 +17,7 @@ pub fn read_or_make(path: &Path) -> anyhow::Result<String> {
         Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
     }
     let text = random_hex()?;
-    write(path, &text).with_context(|| format!("cannot write {}", path.display()))?;
+    write_whole(path, &text)?;
     Ok(text)
 }
 
@@ -26,6 +26,11 @@ pub fn random_hex() -> anyhow::Result<String> {
     let mut bytes = [0; BYTES];
     aws_lc_rs::rand::fill(&mut bytes).map_err(|_| anyhow!("the system gives no random bytes"))?;
     Ok(hex::encode(bytes))
+}
+
+/// The text and a line's end: on disk, whole or not there.
+pub fn write_whole(path: &Path, text: &str) -> anyhow::Result<()> {
+    write(path, text).with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// Written aside and renamed.

@@ -1,7 +1,8 @@
 //! Sweep: what nobody owns any more is taken away, at start and every minute.
 //!
 //! Work folders, test containers and test images of builds that do not run; mirrors of repositories that agent.yaml names no
-//! more; logs past their age or their sum; images of ours beyond the newest; builds that were never built, long ago. Nothing is touched that this agent did not make: names and labels say so.
+//! more; logs past their age or their sum; images of ours past their number, their age or their sum; builds that were never
+//! built, long ago. Nothing is touched that this agent did not make: names and labels say so.
 
 use std::collections::HashSet;
 use std::ffi::OsString;
@@ -176,7 +177,9 @@ async fn remove_folders(folders: impl Iterator<Item = PathBuf>) -> anyhow::Resul
 async fn images(agent: &Agent, at: Option<Millis>) -> anyhow::Result<usize> {
     let environments = u32::try_from(agent.config.environments.len())?;
     let limit = ENGINE_MAX.saturating_mul(environments.saturating_add(1));
-    tokio::time::timeout(limit, image::remove_old(&agent.config, at)).await?
+    let days = agent.config.retention.image_days;
+    let before = at.map_or(Millis::MIN, |at| days_before(at, days));
+    tokio::time::timeout(limit, image::remove_old(&agent.config, before)).await?
 }
 
 async fn logs(agent: &Agent, at: Option<Millis>) -> anyhow::Result<usize> {

@@ -129,7 +129,7 @@ pub struct Retention {
     pub log_bytes: u64,
     /// The newest images of each repository that stay on the engine; the registry's are its own affair.
     pub images: usize,
-    /// After an image was made.
+    /// After an image was tagged.
     pub image_days: u64,
     /// Of all our images together, as the engine counts each; the oldest go first. The newest of each repository stays.
     pub image_bytes: u64,
@@ -171,7 +171,8 @@ pub enum ReadAccess {
 pub struct Github {
     /// Default `https://api.github.com`.
     pub api_url: Option<String>,
-    /// The address that the repository's webhook has; default `PUBLIC_URL/webhook`. Only to know it again.
+    /// The address that the repository's webhook has, where it is not `Config::webhook_url`'s guess: shown to people, and to know the
+    /// webhook again in GitHub's list.
     pub webhook_url: Option<String>,
     pub token: Option<Secret>,
 }

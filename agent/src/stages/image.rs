@@ -66,16 +66,16 @@ pub async fn still_there(scope: &Scope<'_>, built: &Built) -> bool {
         .is_ok_and(|found| found.descriptor.digest.as_deref() == Some(&built.digest))
 }
 
-/// Removes from the engine those images of the agent's environments that `retention` does not keep; how many. By their age only
-/// where it is known what time it is. The registry keeps what was pushed, and it is what is deployed and put back.
-pub async fn remove_old(config: &Config, at: Option<Millis>) -> anyhow::Result<usize> {
+/// Removes from the engine those images of the agent's environments that `retention` does not keep, or that were tagged before a
+/// moment; how many. The registry keeps what was pushed, and it is what is deployed and put back.
+pub async fn remove_old(config: &Config, before: Millis) -> anyhow::Result<usize> {
     let docker = docker::connect(&config.docker).await?;
     let mut ours = Vec::new();
     for environment in &config.environments {
         ours.extend(tagged(&docker, environment).await?);
     }
     let mut removed = 0;
-    for tag in outlived(ours, &config.retention, at) {
+    for tag in outlived(ours, &config.retention, before) {
         // One that a container uses stays until that is gone.
         let asked = docker.remove_image(&tag, None::<RemoveImageOptions>, None);
         removed += usize::from(asked.await.is_ok());
@@ -132,19 +132,14 @@ async fn tagged(docker: &Docker, environment: &Environment) -> anyhow::Result<Ve
 }
 
 /// The tags that go. The newest image of each place stays, whatever agent.yaml says: a build that runs may need it.
-fn outlived(mut ours: Vec<Tagged>, kept: &Retention, at: Option<Millis>) -> Vec<String> {
-    const DAY: Millis = 24 * 60 * 60 * 1000;
+fn outlived(mut ours: Vec<Tagged>, kept: &Retention, before: Millis) -> Vec<String> {
     ours.sort_by_key(|image| std::cmp::Reverse(image.tagged_at));
-    let days = Millis::try_from(kept.image_days).unwrap_or(Millis::MAX);
-    let since = at.map_or(Millis::MIN, |at| {
-        at.saturating_sub(days.saturating_mul(DAY))
-    });
     let (mut stay, mut bytes, mut gone) = (HashMap::new(), 0_u64, Vec::new());
     for image in ours {
         let stay: &mut usize = stay.entry(image.place).or_default();
         let with_it = bytes.saturating_add(image.bytes);
         let is_too_much =
-            *stay >= kept.images || image.tagged_at < since || with_it > kept.image_bytes;
+            *stay >= kept.images || image.tagged_at < before || with_it > kept.image_bytes;
         if *stay > 0 && is_too_much {
             gone.extend(image.tags);
         } else {
@@ -347,23 +342,29 @@ mod tests {
             image("one", "r/b:3", 3),
             image("two", "r/a:5", 5),
         ];
-        let gone = |images, image_days, image_bytes, at| {
+        let gone = |images, image_bytes, before| {
             let kept = Retention {
                 images,
-                image_days,
                 image_bytes,
                 ..Retention::default()
             };
-            outlived(ours.clone(), &kept, at)
+            outlived(ours.clone(), &kept, before)
         };
-        let now = Some(0);
-        assert!(gone(3, 6, 500, now).is_empty());
-        assert_eq!(gone(2, 6, 500, now), ["r/a:4"], "by number");
-        assert_eq!(gone(3, 3, 500, now), ["r/a:4"], "by age");
-        assert!(gone(3, 3, 500, None).is_empty(), "nobody knows the time");
-        assert_eq!(gone(3, 6, 399, now), ["r/a:4"], "by what they take");
-        assert_eq!(gone(2, 6, 400, now), ["r/a:4"], "what goes takes nothing");
-        assert_eq!(gone(0, 0, 0, now), ["r/a:2", "r/a:4"]);
+        let days_ago = |days: i64| -days * day;
+        assert!(gone(3, 500, days_ago(6)).is_empty());
+        assert_eq!(gone(2, 500, days_ago(6)), ["r/a:4"], "by number");
+        assert_eq!(gone(3, 500, days_ago(3)), ["r/a:4"], "by age");
+        assert!(
+            gone(3, 500, Millis::MIN).is_empty(),
+            "nobody knows the time"
+        );
+        assert_eq!(gone(3, 399, days_ago(6)), ["r/a:4"], "by what they take");
+        assert_eq!(
+            gone(2, 400, days_ago(6)),
+            ["r/a:4"],
+            "what goes takes nothing"
+        );
+        assert_eq!(gone(0, 0, days_ago(0)), ["r/a:2", "r/a:4"]);
     }
 
     #[test]

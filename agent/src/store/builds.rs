@@ -172,6 +172,17 @@ macro_rules! known_kinds {
     };
 }
 
+/// Which of those that wait in an environment goes first, by its kind.
+macro_rules! rank {
+    ($kind:literal) => {
+        concat!(
+            "CASE ",
+            $kind,
+            " WHEN 'undo' THEN 0 WHEN 'redo' THEN 0 WHEN 'push' THEN 2 ELSE 1 END"
+        )
+    };
+}
+
 macro_rules! select {
     ($rest:literal) => {
         concat!(
@@ -316,10 +327,10 @@ impl Store {
                  AND q.status = 'queued' AND q.kind IN ", known_kinds!(), " AND (NOT $1 OR q.kind IN ('undo', 'redo')) \
                  AND (q.kind <> 'push' OR q.queued_at < $2 OR q.queued_at > $3 OR NOT EXISTS \
                  (SELECT 1 FROM builds o WHERE o.superseded_by = q.id)) \
-                 ORDER BY CASE q.kind WHEN 'undo' THEN 0 WHEN 'redo' THEN 0 WHEN 'push' THEN 2 ELSE 1 END, q.id LIMIT 1) \
+                 ORDER BY ", rank!("q.kind"), ", q.id LIMIT 1) \
                  WHERE NOT EXISTS (SELECT 1 FROM builds r WHERE r.environment = e.name AND r.status = 'running') \
                  AND ($4 = '' OR $4 LIKE '%,' || e.name || ',%') \
-                 ORDER BY CASE b.kind WHEN 'undo' THEN 0 WHEN 'redo' THEN 0 WHEN 'push' THEN 2 ELSE 1 END, COALESCE((SELECT r.id \
+                 ORDER BY ", rank!("b.kind"), ", COALESCE((SELECT r.id \
                  FROM builds r WHERE r.environment = e.name AND r.started_at IS NOT NULL ORDER BY r.id DESC LIMIT 1), 0), b.id LIMIT 1"))
             .bind(only_back).bind(at - BURST).bind(at).bind(self.served()).fetch_optional(pool).await?))
     }

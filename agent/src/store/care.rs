@@ -14,6 +14,7 @@ use super::environments::settle_pin;
 use super::{lock, make_private_dir};
 use crate::builds::now;
 use crate::fail_point;
+use crate::own_secret::write_whole;
 
 /// The databases of a data folder, in the order in which they are copied: no log is there without its build.
 const DATABASES: [&str; 2] = ["logs.db", "landfall.db"];
@@ -133,12 +134,7 @@ fn begin_moving(data_dir: &Path) -> anyhow::Result<PathBuf> {
     let name = format!("before-restore-{}", now());
     let aside = data_dir.join(&name);
     make_private_dir(&aside)?;
-    let told = data_dir.join(RESTORING);
-    let whole = data_dir.join(format!("{RESTORING}.new"));
-    std::fs::write(&whole, &name)?;
-    std::fs::File::open(&whole)?.sync_all()?;
-    std::fs::rename(&whole, &told)?;
-    sync(data_dir)?;
+    write_whole(&data_dir.join(RESTORING), &name)?;
     fail_point::at("restore: begun");
     Ok(aside)
 }
@@ -146,7 +142,7 @@ fn begin_moving(data_dir: &Path) -> anyhow::Result<PathBuf> {
 /// Where a restore that has not come to its end keeps what stood there.
 fn cut_off(data_dir: &Path) -> anyhow::Result<Option<PathBuf>> {
     match std::fs::read_to_string(data_dir.join(RESTORING)) {
-        Ok(name) => Ok(Some(data_dir.join(name))),
+        Ok(name) => Ok(Some(data_dir.join(name.trim_end()))),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error).with_context(|| format!("cannot read {RESTORING}")),
     }
@@ -191,7 +187,7 @@ fn move_aside(data_dir: &Path, aside: &Path) -> anyhow::Result<()> {
     if aside.join(MOVED).exists() {
         return Ok(());
     }
-    let mut moved = String::new();
+    let mut moved = Vec::new();
     for name in names() {
         let (stands, kept) = (data_dir.join(&name), aside.join(&name));
         if stands.exists() {
@@ -205,17 +201,13 @@ fn move_aside(data_dir: &Path, aside: &Path) -> anyhow::Result<()> {
                 .with_context(|| format!("cannot move {name} to {}", aside.display()))?;
         }
         if kept.exists() {
-            moved = moved + &name + "\n";
+            moved.push(name);
         }
         fail_point::at("restore: moved aside");
     }
     sync(aside)?;
     sync(data_dir)?;
-    let whole = aside.join(format!("{MOVED}.new"));
-    std::fs::write(&whole, moved)?;
-    std::fs::File::open(&whole)?.sync_all()?;
-    std::fs::rename(&whole, aside.join(MOVED))?;
-    sync(aside)?;
+    write_whole(&aside.join(MOVED), &moved.join("\n"))?;
     fail_point::at("restore: all is aside");
     Ok(())
 }

@@ -41,7 +41,6 @@ enum Value {
 /// Copies the store of a data folder into an empty database; how many rows. No agent may work on either.
 pub async fn relocate(data_dir: &Path, url: &str) -> anyhow::Result<u64> {
     let _lock = lock(data_dir)?;
-    care::ensure_at_rest(data_dir)?;
     care::check(data_dir).await?;
     let from = dialect::open(data_dir, None).await?;
     let (Db::Sqlite(main), Db::Sqlite(logs)) = (from.main, from.logs) else {

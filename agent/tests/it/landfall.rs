@@ -189,8 +189,8 @@ impl Landfall {
         self.agent.as_ref().expect("the agent runs").id()
     }
 
-    /// What the agent holds in memory now, less its binary: that of a debug build is large, and the system's to keep.
-    pub fn resident_bytes(&self) -> u64 {
+    /// The agent's anonymous memory: what it holds now less its binary, which in a debug build is large, and the system's to keep.
+    pub fn anonymous_bytes(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
         let line = status
             .lines()
